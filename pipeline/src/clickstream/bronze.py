@@ -1,0 +1,60 @@
+"""Bronze: the byte-exact archive of the topic. Nothing is parsed, nothing is dropped."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pyspark.sql import functions as F  # noqa: N812
+
+from clickstream.lake import Table
+from clickstream.session import kafka_stream
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql.streaming.readwriter import DataStreamWriter
+
+    from clickstream.settings import Settings
+
+QUERY = "bronze"
+
+CLICKSTREAM = Table(
+    "bronze.clickstream",
+    """
+    topic STRING, partition INT, offset BIGINT,
+    timestamp TIMESTAMP, timestamp_type INT, ingested_at TIMESTAMP,
+    key BINARY, value BINARY, headers ARRAY<STRUCT<key: STRING, value: BINARY>>,
+    ingest_date DATE
+    """,
+    # By our own clock: a record's timestamp is the producer's word and could name any year.
+    partition_by=("ingest_date",),
+)
+TABLES = (CLICKSTREAM,)
+
+
+def archive(records: DataFrame) -> DataFrame:
+    """Kafka's records as Bronze keeps them. The batch's clock is in the checkpoint, so a replay keeps it."""
+    return records.select(
+        "topic",
+        "partition",
+        "offset",
+        "timestamp",
+        F.col("timestampType").alias("timestamp_type"),
+        F.current_timestamp().alias("ingested_at"),
+        "key",
+        "value",
+        "headers",
+        F.current_date().alias("ingest_date"),
+    )
+
+
+def build(spark: SparkSession, settings: Settings) -> DataStreamWriter:
+    # One task and so one small file a batch; the archive is not in anybody's path to an answer.
+    records = archive(kafka_stream(spark, settings, headers=True)).coalesce(1)
+    return (
+        records.writeStream.queryName(QUERY)
+        .format("delta")
+        .outputMode("append")
+        .option("checkpointLocation", settings.checkpoint(QUERY))
+        .option("path", settings.table(CLICKSTREAM.name))
+        .trigger(processingTime=settings.trigger_bronze)
+    )

@@ -1,0 +1,108 @@
+"""The `clickstream` command: the streams and every bounded job.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from clickstream import __version__
+from clickstream.settings import PREFIX, Settings, SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+STREAMS = ("bronze", "silver", "gold")
+# The settings that are worth a flag; every other one has its variable.
+FLAGS = ("lake_uri", "bootstrap_servers", "topic", "spark_master", "marts_dsn", "status_dir")
+
+
+def _queries(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = sorted(set(names) - set(STREAMS))
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown) or 'nothing'} is not among {', '.join(STREAMS)}")
+    return [name for name in STREAMS if name in names]
+
+
+def _parser() -> argparse.ArgumentParser:
+    variables = ", ".join(PREFIX + field.name.upper() for field in fields(Settings))
+    parser = argparse.ArgumentParser(
+        prog="clickstream",
+        description="Runs the clickstream platform's streams and bounded jobs.",
+        epilog=f"Settings come from the environment, flags win: {variables}.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    for name in FLAGS:
+        common.add_argument(f"--{name.replace('_', '-')}", help=f"instead of {PREFIX}{name.upper()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    stream = commands.add_parser(
+        "stream",
+        parents=[common],
+        help="run streams until stopped",
+        description="Runs streams in one Spark application until SIGTERM; ends non-zero when one of them fails.",
+    )
+    stream.add_argument(
+        "--queries",
+        type=_queries,
+        default=list(STREAMS),
+        help="comma-separated, of bronze, silver, gold (default: all)",
+    )
+    job = commands.add_parser(
+        "compact",
+        parents=[common],
+        help="compact the lake's tables",
+        description="Joins small files of every table and removes files past the tables' retention.",
+    )
+    job.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def _print_table(rows: Sequence[dict[str, Any]]) -> None:
+    if not rows:
+        print("no table exists yet")
+        return
+    header = list(rows[0])
+    cells = [header, *[[str(row[name]) for name in header] for row in rows]]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    for line in cells:
+        first, *rest = zip(line, widths, strict=True)
+        print("  ".join([f"{first[0]:<{first[1]}}", *(f"{text:>{width}}" for text, width in rest)]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("clickstream").setLevel(logging.INFO)
+    for noisy in ("kafka", "py4j"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    try:
+        settings = Settings.from_env(**{name: getattr(args, name) for name in FLAGS})
+    except SettingsError as error:
+        print(f"clickstream: {error}", file=sys.stderr)
+        return 2
+    # Spark is imported after the settings are known to be good, so that a wrong one is told at once.
+    if args.command == "stream":
+        from clickstream import streams
+
+        return streams.run(settings, args.queries)
+    from clickstream import compact
+
+    results = compact.run(settings)
+    if args.json:
+        print(json.dumps(results))
+    else:
+        _print_table(results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

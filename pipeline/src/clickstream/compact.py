@@ -1,0 +1,73 @@
+"""The bounded job that compacts the lake's tables and removes files that no reader can need."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from delta.tables import DeltaTable
+
+from clickstream import bronze, gold, silver
+from clickstream.lake import retry_conflicts
+from clickstream.session import spark_session
+from clickstream.settings import size_bytes
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+    from clickstream.lake import Table
+    from clickstream.settings import Settings
+
+log = logging.getLogger("clickstream")
+
+TABLES: tuple[Table, ...] = (*bronze.TABLES, *silver.TABLES, *gold.TABLES)
+
+
+@dataclass(frozen=True)
+class Result:
+    table: str
+    files_before: int
+    files_after: int
+    bytes: int
+    seconds: float
+
+
+def _size(spark: SparkSession, path: str) -> tuple[int, int]:
+    detail = DeltaTable.forPath(spark, path).detail().select("numFiles", "sizeInBytes").first()
+    assert detail is not None
+    return int(detail["numFiles"]), int(detail["sizeInBytes"])
+
+
+def compact_table(spark: SparkSession, settings: Settings, table: Table) -> Result:
+    path = settings.table(table.name)
+    started = time.monotonic()
+    before, _ = _size(spark, path)
+    # The streams go on writing meanwhile: their appends never conflict with this, and where Gold replaces a
+    # window that is being compacted, one of the two runs again.
+    retry_conflicts(lambda: DeltaTable.forPath(spark, path).optimize().executeCompaction())
+    # The table's own retention decides what is old enough, so that the job and the table cannot disagree.
+    DeltaTable.forPath(spark, path).vacuum()
+    after, size = _size(spark, path)
+    return Result(table.name, before, after, size, round(time.monotonic() - started, 1))
+
+
+def compact(spark: SparkSession, settings: Settings) -> list[Result]:
+    spark.conf.set("spark.databricks.delta.optimize.maxFileSize", str(size_bytes(settings.compact_target_size)))
+    spark.conf.set("spark.databricks.delta.vacuum.parallelDelete.enabled", "true")
+    results = []
+    for table in TABLES:
+        if not DeltaTable.isDeltaTable(spark, settings.table(table.name)):
+            log.warning("%s does not exist yet", table.name)
+            continue
+        results.append(compact_table(spark, settings, table))
+    return results
+
+
+def run(settings: Settings) -> list[dict[str, Any]]:
+    spark = spark_session(settings, "clickstream-compact")
+    try:
+        return [asdict(result) for result in compact(spark, settings)]
+    finally:
+        spark.stop()

@@ -1,0 +1,114 @@
+"""Delta tables by path: creating them, writing a batch once, and retrying commits that lost a race."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from delta.exceptions import (
+    ConcurrentAppendException,
+    ConcurrentDeleteDeleteException,
+    ConcurrentDeleteReadException,
+    ConcurrentTransactionException,
+    ConcurrentWriteException,
+    MetadataChangedException,
+    ProtocolChangedException,
+)
+from delta.tables import DeltaTable
+from pyspark.sql.types import StructType
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyspark.sql import DataFrame, SparkSession
+
+    from clickstream.settings import Settings
+
+log = logging.getLogger("clickstream")
+
+T = TypeVar("T")
+
+CONFLICTS = (
+    ConcurrentAppendException,
+    ConcurrentDeleteDeleteException,
+    ConcurrentDeleteReadException,
+    ConcurrentTransactionException,
+    ConcurrentWriteException,
+    MetadataChangedException,
+    ProtocolChangedException,
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table's name, columns and partitioning: the only place that says what is in it."""
+
+    name: str
+    columns: str
+    partition_by: tuple[str, ...]
+
+    @property
+    def schema(self) -> StructType:
+        schema = StructType.fromDDL(self.columns)
+        assert isinstance(schema, StructType)
+        return schema
+
+    def ensure(self, spark: SparkSession, settings: Settings) -> None:
+        """Creates the table when it is missing and sets its retention; changes nothing otherwise."""
+        hours = settings.retention_hours
+        properties = {
+            # A commit every few seconds: rarer checkpoints cost less than the short log they would save.
+            "delta.checkpointInterval": "20",
+            "delta.logRetentionDuration": f"interval {hours} hours",
+            "delta.deletedFileRetentionDuration": f"interval {hours} hours",
+        }
+
+        def create() -> None:
+            builder = DeltaTable.createIfNotExists(spark).location(settings.table(self.name))
+            for key, value in properties.items():
+                builder = builder.property(key, value)
+            builder.addColumns(self.schema).partitionedBy(*self.partition_by).execute()
+
+        retry_conflicts(create)
+        table = DeltaTable.forPath(spark, settings.table(self.name))
+        current = table.detail().select("properties").first()
+        assert current is not None
+        changed = {k: v for k, v in properties.items() if current["properties"].get(k) != v}
+        if changed:
+            pairs = ", ".join(f"'{k}' = '{v}'" for k, v in changed.items())
+            spark.sql(f"ALTER TABLE delta.`{settings.table(self.name)}` SET TBLPROPERTIES ({pairs})")
+
+    def read(self, spark: SparkSession, settings: Settings) -> DataFrame:
+        return spark.read.format("delta").load(settings.table(self.name))
+
+
+def retry_conflicts(action: Callable[[], T], attempts: int = 6) -> T:
+    """Runs an idempotent table change again when a concurrent commit made it obsolete."""
+    for attempt in range(1, attempts + 1):
+        try:
+            return action()
+        except CONFLICTS as error:
+            if attempt == attempts:
+                raise
+            log.info("a concurrent commit won (%s), attempt %d", type(error).__name__, attempt)
+            time.sleep(random.uniform(0.2, 0.5) * attempt)
+    raise AssertionError("unreachable")
+
+
+def append_once(df: DataFrame, path: str, app_id: str, version: int) -> None:
+    """Appends unless this application already wrote this version: a replayed batch changes nothing."""
+    (df.write.format("delta").mode("append").option("txnAppId", app_id).option("txnVersion", version).save(path))
+
+
+def query_id(spark: SparkSession) -> str:
+    """Inside foreachBatch, the identity that the query's checkpoint carries.
+
+    It makes Delta's (txnAppId, txnVersion) safe: batch numbers restart with a new checkpoint, and so does this.
+    """
+    value = spark.sparkContext.getLocalProperty("sql.streaming.queryId")
+    if not value:
+        raise RuntimeError("not inside a streaming query's batch")
+    return str(value)

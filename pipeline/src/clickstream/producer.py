@@ -1,0 +1,377 @@
+"""A simulated shop that sends clickstream events to Kafka at an even rate.
+
+Bounded (the default: 5 events a second for 60 seconds) or endless (`--duration 0`, as the service runs it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import math
+import random
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from kafka import KafkaProducer
+from kafka.errors import KafkaError
+
+from clickstream import catalogue, sdnotify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+log = logging.getLogger("ecom-producer")
+
+Event = dict[str, Any]
+
+SESSION_GAP_SECONDS = 30 * 60
+# A bounded run gives up when this long passes without the broker accepting anything.
+GIVE_UP_SECONDS = 60.0
+
+
+def iso_millis(moment: float) -> str:
+    """Unix seconds as 2025-11-29T12:34:56.789Z."""
+    seconds, millis = divmod(int(moment * 1000), 1000)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{millis:03d}Z"
+
+
+class Shop:
+    """An endless iterator of events; with a seed, everything but the clock repeats."""
+
+    def __init__(
+        self,
+        *,
+        users: int = 500,
+        products: int = 100,
+        seed: int | None = None,
+        first_id: int | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._rng = random.Random(seed)
+        self._clock = clock
+        if first_id is None:
+            # Silver deduplicates on event_id, so ids must differ between runs, also between a run by hand
+            # and the service beside it. One event takes a microsecond of id space and never a microsecond
+            # of time, so two runs started at different microseconds cannot meet.
+            first_id = 1 if seed is not None else time.time_ns() // 1000
+        self._ids = itertools.count(first_id)
+        self._users = [f"user_{n:04d}" for n in range(1, users + 1)]
+        everything = {p.product_id: p for p in catalogue.products(products)}
+        self._star = everything.pop(catalogue.HIGH_INTEREST_PRODUCT)
+        self._others = list(everything.values())
+        self._sessions: dict[str, tuple[str, str, float]] = {}
+
+    def _session(self, user: str, now: float) -> tuple[str, str]:
+        """The user's session and its device; a new one after the gap, and now and then sooner."""
+        known = self._sessions.get(user)
+        if known is None or now - known[2] > SESSION_GAP_SECONDS or self._rng.random() < 0.05:
+            session_id = f"session_{self._rng.randrange(10**8):04d}"
+            known = (session_id, self._rng.choice(catalogue.DEVICE_TYPES), now)
+        self._sessions[user] = (known[0], known[1], now)
+        return known[0], known[1]
+
+    def __iter__(self) -> Iterator[Event]:
+        return self
+
+    def __next__(self) -> Event:
+        rng, now = self._rng, self._clock()
+        if rng.random() < catalogue.HIGH_INTEREST_SHARE:
+            product, weights = self._star, catalogue.HIGH_INTEREST_WEIGHTS
+        else:
+            product, weights = rng.choice(self._others), catalogue.ORDINARY_WEIGHTS
+        event_type = rng.choices(catalogue.EVENT_TYPES, weights)[0]
+        user = rng.choice(self._users)
+        session_id, device = self._session(user, now)
+        return {
+            "event_id": f"evt_{next(self._ids):08d}",
+            "user_id": user,
+            "product_id": product.product_id,
+            "event_type": event_type,
+            "timestamp": iso_millis(now),
+            "session_id": session_id,
+            "product_category": product.category,
+            "device_type": device,
+            "page_url": product.page_url,
+            "price": float(product.price),
+        }
+
+
+class Pacer:
+    """An even schedule on the monotonic clock: no drift, and after a stall at most a second's worth at once."""
+
+    MAX_LAG = 1.0
+
+    def __init__(self, rate: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._interval = 1.0 / rate
+        self._clock = clock
+        self._origin = clock()
+        self._count = 0
+
+    def delay(self) -> float:
+        """Seconds until the next event is due; counts it as taken."""
+        now = self._clock()
+        due = self._origin + self._count * self._interval
+        if now - due > self.MAX_LAG:
+            self._origin += now - due - self.MAX_LAG
+            due = now - self.MAX_LAG
+        self._count += 1
+        return max(0.0, due - now)
+
+
+@dataclass(frozen=True)
+class Options:
+    bootstrap_servers: list[str]
+    topic: str
+    rate: float
+    duration: float
+    users: int
+    products: int
+    seed: int | None
+    first_id: int | None
+    quiet: bool
+
+    @property
+    def total(self) -> int | None:
+        """Events of a bounded run; None when endless."""
+        return round(self.rate * self.duration) if self.duration else None
+
+    @property
+    def max_unacknowledged(self) -> int:
+        """Bounds the memory while the broker is away, and what a crash can lose."""
+        return max(100, min(50_000, math.ceil(self.rate * 5)))
+
+
+def sent_line(event: Event, partition: int, offset: int) -> str:
+    return (
+        f"Sent: {event['event_type']:<15} | User: {event['user_id']:<11} "
+        f"| Product: {event['product_id']:<11} | Partition: {partition} | Offset: {offset}"
+    )
+
+
+class Sender:
+    """Sends events and keeps account of what the broker acknowledged and what it did not."""
+
+    def __init__(self, options: Options, stop: threading.Event) -> None:
+        self._options = options
+        self._stop = stop
+        self._changed = threading.Condition()
+        self._pending = 0
+        self._causes: Counter[str] = Counter()
+        self._producer: KafkaProducer | None = None
+        self.sent = 0
+        self.failed = 0
+
+    def _complain(self, error: BaseException) -> None:
+        """Logs each cause once, until something is acknowledged again."""
+        cause = type(error).__name__
+        self._causes[cause] += 1
+        if self._causes[cause] == 1:
+            log.warning("%s: %s", cause, error)
+
+    def connect(self) -> bool:
+        """Connects; endless runs wait for the broker, bounded ones give up. False when there is no broker."""
+        deadline = time.monotonic() + GIVE_UP_SECONDS
+        while not self._stop.is_set():
+            try:
+                self._producer = KafkaProducer(
+                    bootstrap_servers=self._options.bootstrap_servers,
+                    client_id="ecom-producer",
+                    acks="all",
+                    retries=3,
+                    retry_backoff_ms=500,
+                    enable_idempotence=True,
+                    allow_auto_create_topics=False,
+                    bootstrap_timeout_ms=10_000,
+                    reconnect_backoff_max_ms=2_000,
+                    max_block_ms=5_000,
+                    linger_ms=5,
+                    key_serializer=str.encode,
+                    value_serializer=orjson.dumps,
+                )
+                return True
+            except KafkaError as error:
+                self._complain(error)
+                if self._options.total is not None and time.monotonic() > deadline:
+                    return False
+                self._stop.wait(2.0)
+        return False
+
+    def _done(self, event: Event, metadata: Any) -> None:
+        with self._changed:
+            self._pending -= 1
+            self.sent += 1
+            first = self.sent == 1
+            self._causes.clear()
+            self._changed.notify_all()
+        if not self._options.quiet:
+            print(sent_line(event, metadata.partition, metadata.offset), flush=True)
+        if first:
+            sdnotify.notify("READY=1")
+
+    def _undelivered(self, error: BaseException) -> None:
+        with self._changed:
+            self._pending -= 1
+            self.failed += 1
+            self._complain(error)
+            self._changed.notify_all()
+
+    def wait_for_room(self, watchdog: sdnotify.Watchdog) -> None:
+        """Blocks while too much is unacknowledged: a broker that is away slows the shop, not fills memory."""
+        with self._changed:
+            while self._pending >= self._options.max_unacknowledged and not self._stop.is_set():
+                self._changed.wait(0.5)
+                watchdog.ping()
+
+    def send(self, events: Iterator[Event]) -> bool:
+        """Hands one event to the client; False when a bounded run should end because no broker takes it."""
+        deadline = time.monotonic() + GIVE_UP_SECONDS
+        while not self._stop.is_set():
+            event = next(events)
+            producer = self._producer
+            assert producer is not None
+            with self._changed:
+                self._pending += 1
+            try:
+                future = producer.send(self._options.topic, key=event["user_id"], value=event)
+            except KafkaError as error:
+                with self._changed:
+                    self._pending -= 1
+                self._complain(error)
+                if self._options.total is not None and time.monotonic() > deadline:
+                    return False
+                if not getattr(error, "retriable", False):
+                    # The client does not leave its fatal state by itself.
+                    producer.close(timeout=5)
+                    if not self.connect():
+                        return False
+                self._stop.wait(1.0)
+                continue
+            future.add_callback(partial(self._done, event))
+            future.add_errback(self._undelivered)
+            return True
+        return True
+
+    def close(self, timeout: float = 30.0) -> None:
+        """Waits for what is in flight, so that every event ends as acknowledged or as failed."""
+        if self._producer is None:
+            return
+        try:
+            self._producer.flush(timeout=timeout)
+        except KafkaError as error:
+            self._complain(error)
+        self._producer.close(timeout=5)
+        with self._changed:
+            # What never got an answer counts as failed: better one too many than a loss unseen.
+            self.failed += self._pending
+            self._pending = 0
+
+
+def run(options: Options, stop: threading.Event) -> int:
+    sender = Sender(options, stop)
+    watchdog = sdnotify.Watchdog()
+    if not sender.connect():
+        if stop.is_set():
+            return 0
+        log.error(
+            "no broker answered at %s; is Kafka running, and is --bootstrap-servers right?",
+            ",".join(options.bootstrap_servers),
+        )
+        return 1
+    print(f"Kafka Producer connected to {options.bootstrap_servers}", flush=True)
+    print("\nStarting event production...", flush=True)
+    print("=" * 60, flush=True)
+
+    events = iter(
+        Shop(users=options.users, products=options.products, seed=options.seed, first_id=options.first_id)
+    )
+    pacer = Pacer(options.rate)
+    next_status = 0.0
+    complete = True
+    for _ in itertools.count() if options.total is None else range(options.total):
+        delay = pacer.delay()
+        if (delay and stop.wait(delay)) or stop.is_set():
+            break
+        sender.wait_for_room(watchdog)
+        if not sender.send(events):
+            complete = False
+            break
+        watchdog.ping()
+        if time.monotonic() >= next_status:
+            next_status = time.monotonic() + 5
+            sdnotify.notify(f"STATUS={sender.sent} events acknowledged, {sender.failed} failed")
+
+    sdnotify.notify("STOPPING=1")
+    sender.close()
+    print(f"Producer closed. Total events sent: {sender.sent}", flush=True)
+    if sender.failed or not complete:
+        log.error("%d events were not acknowledged", sender.failed)
+    if options.total is None:
+        return 0
+    return 1 if sender.failed or not complete else 0
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], Any]:
+    def parse(text: str) -> int | float:
+        value = kind(text)
+        if not (value > 0 and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names the type in its message
+    return parse
+
+
+def _duration(text: str) -> float:
+    value = float(text)
+    if not (value >= 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds, or 0 for endless")
+    return value
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Options:
+    parser = argparse.ArgumentParser(
+        prog="ecom-producer",
+        description="Simulates a shop: sends view, add_to_cart and purchase events to Kafka at an even rate.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--bootstrap-servers", default="localhost:9092", help="host:port, comma-separated")
+    parser.add_argument("--topic", default="ecom_clickstream_raw", help="an existing topic")
+    parser.add_argument("--rate", type=_positive(float), default=5.0, help="events a second")
+    parser.add_argument("--duration", type=_duration, default=60.0, help="seconds; 0 runs until stopped")
+    parser.add_argument("--users", type=_positive(int), default=500)
+    parser.add_argument("--products", type=_positive(int), default=100)
+    parser.add_argument("--seed", type=int, help="repeat the same shop; ids then start at evt_00000001")
+    parser.add_argument("--first-id", type=_positive(int), help="number of the first event_id")
+    parser.add_argument("--quiet", action="store_true", help="no line per event")
+    args = parser.parse_args(argv)
+    star = int(catalogue.HIGH_INTEREST_PRODUCT.removeprefix("prod_"))
+    if args.products <= star:
+        parser.error(f"--products must be above {star}: {catalogue.HIGH_INTEREST_PRODUCT} is always on sale")
+    args.bootstrap_servers = [s.strip() for s in args.bootstrap_servers.split(",") if s.strip()]
+    if not args.bootstrap_servers:
+        parser.error("--bootstrap-servers is empty")
+    return Options(**vars(args))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # The client reports every reconnection attempt; causes are logged once, here.
+    logging.getLogger("kafka").setLevel(logging.CRITICAL)
+    options = parse_args(argv)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return run(options, stop)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""What the streams say of themselves: status files for health checks, consumer groups for Kafka's tools."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kafka import KafkaConsumer
+from kafka.structs import OffsetAndMetadata, TopicPartition
+from pyspark.sql.streaming.listener import StreamingQueryListener
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from pyspark.sql.streaming.listener import (
+        QueryIdleEvent,
+        QueryProgressEvent,
+        QueryStartedEvent,
+        QueryTerminatedEvent,
+    )
+
+log = logging.getLogger("clickstream")
+
+Offsets = dict[str, dict[str, int]]
+
+
+class GroupPublisher:
+    """Publishes a stream's position as the offsets of a consumer group, for display only.
+
+    The checkpoint is the truth: this runs beside the stream, keeps only the latest position, and a failure
+    here is logged and forgotten.
+    """
+
+    def __init__(self, bootstrap_servers: str, group: str) -> None:
+        self._servers = bootstrap_servers.split(",")
+        self._group = group
+        self._latest: queue.Queue[Offsets | None] = queue.Queue(maxsize=1)
+        self._thread = threading.Thread(target=self._run, name=f"group-{group}", daemon=True)
+        self._thread.start()
+
+    def publish(self, offsets: Offsets | None) -> None:
+        while True:
+            try:
+                self._latest.put_nowait(offsets)
+                return
+            except queue.Full:
+                try:
+                    self._latest.get_nowait()
+                except queue.Empty:
+                    continue
+
+    def close(self) -> None:
+        self.publish(None)
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        consumer: Any = None
+        failing = False
+        while (offsets := self._latest.get()) is not None:
+            try:
+                if consumer is None:
+                    # It subscribes to nothing and reads nothing: it commits as a member of no one's group.
+                    consumer = KafkaConsumer(
+                        bootstrap_servers=self._servers,
+                        group_id=self._group,
+                        client_id=self._group,
+                        enable_auto_commit=False,
+                    )
+                consumer.commit(
+                    {
+                        TopicPartition(topic, int(partition)): OffsetAndMetadata(offset, "", -1)
+                        for topic, partitions in offsets.items()
+                        for partition, offset in partitions.items()
+                    },
+                    timeout_ms=10_000,
+                )
+                failing = False
+            except Exception as error:
+                if not failing:
+                    log.warning("group %s does not show the stream's position: %s", self._group, error)
+                failing = True
+                if consumer is not None:
+                    consumer.close(timeout_ms=1000)
+                    consumer = None
+        if consumer is not None:
+            consumer.close(timeout_ms=1000)
+
+
+def write_atomically(path: Path, content: Mapping[str, Any]) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def _json(text: str | None) -> Any:
+    try:
+        return json.loads(text) if text else None
+    except ValueError:
+        return text
+
+
+class ProgressListener(StreamingQueryListener):
+    """Keeps STATUS_DIR/<query>.json current.
+
+    `seen_at` moves whenever the query shows it is alive, also when idle; `batch_at` only with a batch.
+    """
+
+    def __init__(
+        self,
+        status_dir: str,
+        groups: Mapping[str, GroupPublisher],
+        extra: Mapping[str, Callable[[], Mapping[str, Any]]],
+        on_trigger: Callable[[str], None],
+    ) -> None:
+        self._dir = Path(status_dir) if status_dir else None
+        if self._dir:
+            self._dir.mkdir(parents=True, exist_ok=True)
+        self._groups = groups
+        self._extra = extra
+        self._on_trigger = on_trigger
+        self._names: dict[str, str] = {}
+        self._status: dict[str, dict[str, Any]] = {}
+
+    def _write(self, name: str, **changes: Any) -> None:
+        status = self._status.setdefault(name, {"query": name, "pid": os.getpid()})
+        status |= changes
+        status["seen_at"] = datetime.now(UTC).isoformat(timespec="milliseconds")
+        if self._dir:
+            try:
+                write_atomically(self._dir / f"{name}.json", status)
+            except OSError as error:
+                log.warning("the status of %s cannot be written: %s", name, error)
+
+    def onQueryStarted(self, event: QueryStartedEvent) -> None:  # noqa: N802
+        name = event.name or str(event.id)
+        self._names[str(event.id)] = name
+        self._write(name, state="starting")
+
+    def onQueryProgress(self, event: QueryProgressEvent) -> None:  # noqa: N802
+        progress = event.progress
+        name = progress.name or str(progress.id)
+        source = progress.sources[0] if progress.sources else None
+        end = _json(source.endOffset) if source else None
+        self._write(
+            name,
+            state="running",
+            batch_id=progress.batchId,
+            batch_at=progress.timestamp,
+            input_rows=progress.numInputRows,
+            rows_per_second=round(progress.processedRowsPerSecond, 1),
+            batch_ms=progress.batchDuration,
+            durations_ms=dict(progress.durationMs),
+            watermark=progress.eventTime.get("watermark"),
+            end_offsets=end,
+            **self._extra.get(name, dict)(),
+        )
+        if name in self._groups and isinstance(end, dict):
+            self._groups[name].publish(end)
+        self._on_trigger(name)
+
+    def onQueryIdle(self, event: QueryIdleEvent) -> None:  # noqa: N802
+        name = self._names.get(str(event.id))
+        if name is not None:
+            self._write(name, state="idle")
+            self._on_trigger(name)
+
+    def onQueryTerminated(self, event: QueryTerminatedEvent) -> None:  # noqa: N802
+        name = self._names.get(str(event.id))
+        if name is not None:
+            failed = event.exception is not None
+            self._write(name, state="failed" if failed else "stopped", error=event.exception)

@@ -1,0 +1,169 @@
+"""Silver: typed events that pass every rule, once each; and rejects, raw, with all their reasons.
+
+One query writes both tables from one micro-batch, each with the batch's identity, so that a batch that failed
+between the two writes completes when it is replayed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pyspark.sql import functions as F  # noqa: N812
+
+from clickstream.lake import Table, append_once, query_id
+from clickstream.rules import PRICE_TYPE, RULESET_VERSION, check
+from clickstream.session import kafka_stream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql.streaming.readwriter import DataStreamWriter
+
+    from clickstream.settings import Settings
+
+QUERY = "silver"
+
+EVENTS = Table(
+    "silver.events",
+    f"""
+    event_id STRING, event_time TIMESTAMP, user_id STRING, session_id STRING, product_id STRING,
+    product_category STRING, event_type STRING, device_type STRING, page_url STRING, price {PRICE_TYPE},
+    topic STRING, partition INT, offset BIGINT, kafka_timestamp TIMESTAMP,
+    ruleset_version INT, processed_at TIMESTAMP, event_date DATE
+    """,
+    partition_by=("event_date",),
+)
+REJECTS = Table(
+    "silver.rejects",
+    """
+    topic STRING, partition INT, offset BIGINT, kafka_timestamp TIMESTAMP, timestamp_type INT,
+    disposition STRING, codes ARRAY<STRING>, ruleset_version INT, rejected_at TIMESTAMP,
+    key BINARY, value BINARY, reject_date DATE
+    """,
+    partition_by=("reject_date",),
+)
+TABLES = (EVENTS, REJECTS)
+
+INVALID = "invalid"
+
+
+def received(records: DataFrame) -> DataFrame:
+    """Kafka's records with the names Silver uses and the batch's clock."""
+    return records.select(
+        "topic",
+        "partition",
+        "offset",
+        F.col("timestamp").alias("kafka_timestamp"),
+        F.col("timestampType").alias("timestamp_type"),
+        F.current_timestamp().alias("received_at"),
+        "key",
+        "value",
+    )
+
+
+def judge(raw: DataFrame, settings: Settings) -> DataFrame:
+    """Every record with its codes and, when valid, its typed event.
+
+    An invalid record has no event time, so it neither moves the watermark nor can be late, and a dedup key of
+    its own, so deduplication keeps it. A valid one leaves its raw bytes behind: Bronze has them.
+    """
+    valid = F.size("codes") == 0
+    return check(raw, settings).select(
+        F.when(valid, F.col("e.event_id"))
+        .otherwise(F.concat_ws("/", F.lit("invalid"), "topic", "partition", "offset"))
+        .alias("dedup_key"),
+        F.when(valid, F.col("event_time")).alias("event_time"),
+        F.when(valid, F.col("e")).alias("e"),
+        F.when(valid, F.col("amount")).alias("price"),
+        "codes",
+        "topic",
+        "partition",
+        "offset",
+        "kafka_timestamp",
+        "timestamp_type",
+        "received_at",
+        F.when(~valid, F.col("key")).alias("key"),
+        F.when(~valid, F.col("value")).alias("value"),
+    )
+
+
+def deduplicate(judged: DataFrame, settings: Settings) -> DataFrame:
+    return judged.withWatermark("event_time", settings.watermark).dropDuplicatesWithinWatermark(["dedup_key"])
+
+
+def events(judged: DataFrame) -> DataFrame:
+    return judged.where(F.size("codes") == 0).select(
+        "e.event_id",
+        "event_time",
+        "e.user_id",
+        "e.session_id",
+        "e.product_id",
+        "e.product_category",
+        "e.event_type",
+        "e.device_type",
+        "e.page_url",
+        "price",
+        "topic",
+        "partition",
+        "offset",
+        "kafka_timestamp",
+        F.lit(RULESET_VERSION).alias("ruleset_version"),
+        F.col("received_at").alias("processed_at"),
+        F.to_date("event_time").alias("event_date"),
+    )
+
+
+def rejects(judged: DataFrame) -> DataFrame:
+    return judged.where(F.size("codes") > 0).select(
+        "topic",
+        "partition",
+        "offset",
+        "kafka_timestamp",
+        "timestamp_type",
+        F.lit(INVALID).alias("disposition"),
+        "codes",
+        F.lit(RULESET_VERSION).alias("ruleset_version"),
+        F.col("received_at").alias("rejected_at"),
+        "key",
+        "value",
+        F.to_date("received_at").alias("reject_date"),
+    )
+
+
+def writer(settings: Settings) -> Callable[[DataFrame, int], None]:
+    def write(batch: DataFrame, batch_id: int) -> None:
+        app_id = query_id(batch.sparkSession)
+        batch = batch.persist()
+        try:
+            # Also what materialises the batch: the state store must be asked once only.
+            counts = batch.agg(
+                F.count_if(F.size("codes") == 0).alias("events"),
+                F.count_if(F.size("codes") > 0).alias("rejects"),
+            ).first()
+            assert counts is not None
+            for table, rows, count in (
+                (EVENTS, events(batch), counts["events"]),
+                (REJECTS, rejects(batch), counts["rejects"]),
+            ):
+                if count:
+                    files = -(-count // settings.rows_per_file)
+                    append_once(
+                        rows.coalesce(files), settings.table(table.name), f"{app_id}/{table.name}", batch_id
+                    )
+        finally:
+            batch.unpersist()
+
+    return write
+
+
+def build(spark: SparkSession, settings: Settings) -> DataStreamWriter:
+    records = received(kafka_stream(spark, settings, headers=False))
+    return (
+        deduplicate(judge(records, settings), settings)
+        .writeStream.queryName(QUERY)
+        .foreachBatch(writer(settings))
+        .outputMode("append")
+        .option("checkpointLocation", settings.checkpoint(QUERY))
+        .trigger(processingTime=settings.trigger_silver)
+    )

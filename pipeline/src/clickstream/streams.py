@@ -1,0 +1,105 @@
+"""Runs a set of named queries in one Spark application until told to stop or until one fails."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from typing import TYPE_CHECKING, Any
+
+from clickstream import bronze, gold, sdnotify, silver
+from clickstream.progress import GroupPublisher, ProgressListener
+from clickstream.session import spark_session
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from pyspark.sql import SparkSession
+    from pyspark.sql.streaming.query import StreamingQuery
+
+    from clickstream.settings import Settings
+
+log = logging.getLogger("clickstream")
+
+QUERIES = (bronze.QUERY, silver.QUERY, gold.QUERY)
+# The streams that read Kafka show their position as a consumer group of this name.
+GROUP_PREFIX = "ecom-"
+
+
+def _start(
+    spark: SparkSession, settings: Settings, name: str, extra: dict[str, Callable[[], Mapping[str, Any]]]
+) -> StreamingQuery:
+    # The query's thread inherits the pool, so that no query waits for another's whole batch.
+    spark.sparkContext.setLocalProperty("spark.scheduler.pool", name)
+    try:
+        if name == bronze.QUERY:
+            for table in bronze.TABLES:
+                table.ensure(spark, settings)
+            return bronze.build(spark, settings).start()
+        if name == silver.QUERY:
+            for table in silver.TABLES:
+                table.ensure(spark, settings)
+            return silver.build(spark, settings).start()
+        writer = gold.GoldWriter(spark, settings, gold.prepare(spark, settings))
+        extra[name] = lambda: {"last_event_at": writer.newest.isoformat() if writer.newest else None}
+        return gold.build(spark, settings, writer).start()
+    finally:
+        spark.sparkContext.setLocalProperty("spark.scheduler.pool", None)  # type: ignore[arg-type]
+
+
+def run(settings: Settings, names: Sequence[str]) -> int:
+    """Exit code 0 after SIGTERM or SIGINT, 1 when a query failed."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+
+    spark = spark_session(settings, "ecom-" + ("streams" if len(names) > 1 else names[0]), streams=True)
+    # pyspark takes SIGINT for itself when the context starts
+    signal.signal(signal.SIGINT, lambda *_: stop.set())
+
+    ready: set[str] = set()
+    groups = {
+        name: GroupPublisher(settings.bootstrap_servers, GROUP_PREFIX + name)
+        for name in names
+        if name in (bronze.QUERY, silver.QUERY)
+    }
+    extra: dict[str, Callable[[], Mapping[str, Any]]] = {}
+    listener = ProgressListener(settings.status_dir, groups, extra, ready.add)
+    spark.streams.addListener(listener)
+
+    queries: list[StreamingQuery] = []
+    code = 0
+    try:
+        for name in names:
+            if stop.is_set():
+                break
+            queries.append(_start(spark, settings, name, extra))
+            log.warning("query %s started", name)
+        code = _watch(queries, ready, stop)
+    finally:
+        sdnotify.notify("STOPPING=1")
+        for query in queries:
+            if query.isActive:
+                query.stop()
+        for group in groups.values():
+            group.close()
+        spark.stop()
+    return code
+
+
+def _watch(queries: Sequence[StreamingQuery], ready: set[str], stop: threading.Event) -> int:
+    watchdog = sdnotify.Watchdog()
+    told = False
+    while not stop.wait(0.5):
+        for query in queries:
+            if not query.isActive:
+                error = query.exception()
+                log.error("query %s ended: %s", query.name, error or "without an error")
+                return 1
+        if not told and ready.issuperset(query.name for query in queries):
+            told = True
+            sdnotify.notify(f"READY=1\nSTATUS=running {', '.join(query.name for query in queries)}")
+            log.warning("all queries have finished their first trigger")
+        watchdog.ping()
+    log.warning("stopping")
+    return 0
