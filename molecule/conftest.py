@@ -1,0 +1,67 @@
+"""Shared by the tests of all scenarios: what a failed test shows, and how tests wait."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import pytest
+from testinfra.host import Host
+
+T = TypeVar("T")
+
+# What a reader of a failure asks first. A service that is active but unhealthy is not among the failed
+# units, so nodectl's opinion decides as well.
+STATE_OF_THE_GUEST = r"""
+nodectl status 2>&1
+units=$(systemctl list-units --failed --plain --no-legend | cut -d' ' -f1)
+for name in $(ls /etc/nodectl/services.d 2>/dev/null); do
+  name=${name%.json}
+  nodectl health "$name" >/dev/null 2>&1 ||
+    units="$units $(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["unit"])' \
+      "/etc/nodectl/services.d/$name.json")"
+done
+for unit in $(printf '%s\n' $units | sort -u); do
+  printf '\n--- journal of %s\n' "$unit"
+  journalctl --unit "$unit" --boot --no-pager --lines 60 --output short-iso
+done
+"""
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Add the guest's state and the journals of its broken services to the report of a failed test."""
+    outcome: Any = yield
+    report = outcome.get_result()
+    host = getattr(item, "funcargs", {}).get("host")
+    if report.when == "call" and report.failed and host is not None:
+        state = host.run(STATE_OF_THE_GUEST)
+        report.sections.append(("state of the guest", state.stdout + state.stderr))
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[[Callable[[], T], float], T]:
+    """Wait until a condition holds and return its (true) value; the condition may fail until then."""
+
+    def wait(condition: Callable[[], T], timeout: float = 60) -> T:
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                value = condition()
+                if value:
+                    return value
+                problem: object = value
+            except AssertionError as error:
+                problem = error
+            if time.monotonic() > deadline:
+                raise AssertionError(f"not within {timeout:.0f} s: {problem}")
+            time.sleep(0.5)
+
+    return wait
+
+
+@pytest.fixture
+def address(host: Host) -> str:
+    """The guest's address, as the inventory has it."""
+    return str(host.ansible.get_variables()["ansible_host"])
