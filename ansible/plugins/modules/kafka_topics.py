@@ -285,8 +285,7 @@ class Cluster:
 
     def delete(self, names: list[str]) -> None:
         answer = self.admin.delete_topics(names, raise_errors=False)
-        responses = answer["responses"] if isinstance(answer, dict) else answer.to_dict()["responses"]
-        self._raise([(item["name"], item["error_code"], item.get("error_message")) for item in responses])
+        self._raise([(item["name"], item["error_code"], item.get("error_message")) for item in answer["topics"]])
 
     def grow(self, counts: dict[str, int], validate_only: bool) -> None:
         answer = self.admin.create_partitions(counts, validate_only=validate_only, raise_errors=False)
@@ -483,7 +482,7 @@ def main() -> None:
     )
     if KAFKA_IMPORT_ERROR:
         module.fail_json(
-            msg=missing_required_lib("kafka-python", reason="; set ansible_python_interpreter to an environment that has it"),
+            msg=missing_required_lib("kafka-python", reason="by kafka_topics, in the environment it is run with"),
             exception=KAFKA_IMPORT_ERROR,
         )
     try:
