@@ -12,7 +12,6 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-import yaml
 from ansible.errors import AnsibleActionFail
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
@@ -63,7 +62,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         assert task_vars is not None
         options: dict[str, Any] = {}
         for path in sorted(Path(self._task.args["roles_dir"]).glob("*/meta/argument_specs.yml")):
-            options |= without_defaults(yaml.safe_load(path.read_text())["argument_specs"]["main"]["options"])
+            specification = self._loader.load_from_file(str(path))
+            options |= without_defaults(specification["argument_specs"]["main"]["options"])
         mine = task_vars["hostvars"][task_vars["inventory_hostname"]]
         findings = []
         for name in sorted(mine):
