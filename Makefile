@@ -1,0 +1,131 @@
+# The user's verbs. `make help` lists them. TOPOLOGY chooses the inventory: ansible/inventories/$(TOPOLOGY).
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+export TOPOLOGY ?= single
+INVENTORY ?= ansible/inventories/$(TOPOLOGY)
+export ANSIBLE_CONFIG := $(CURDIR)/ansible/ansible.cfg
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+PLATFORM := ansible/scripts/platform --inventory $(INVENTORY)
+# The control environment; a stamp of its lock tells whether it is current.
+VENV := .venv/.stamp
+TEST_VENV := .cache/test-venv/.stamp
+ARGS ?=
+
+##@ Run
+.PHONY: up
+up: ## From a fresh clone to rows in Gold; again: bring everything to what the files say
+	@ansible/scripts/up
+
+.PHONY: status
+status: $(VENV) ## State, version, memory and health of every service; fails when one is unhealthy
+	@$(PLATFORM) status
+
+.PHONY: urls
+urls: $(VENV) ## Addresses and logins
+	@$(PLATFORM) urls
+
+.PHONY: produce
+produce: $(VENV) ## Send 300 events in a minute beside the running shop; ARGS="--rate 50 --duration 10"
+	@$(PLATFORM) run pipeline -- ecom-producer $(ARGS)
+
+.PHONY: gold
+gold: $(VENV) ## The newest minutes of the product funnel, from the mart
+	@$(PLATFORM) run pipeline -- sudo -u pipeline clickstream show
+
+.PHONY: topics
+topics: $(VENV) ## Topics with partitions, copies and end offsets
+	@$(PLATFORM) run kafka -- kafka-topics --bootstrap-server localhost:9092 --describe --exclude-internal
+	@$(PLATFORM) run kafka -- kafka-get-offsets --bootstrap-server localhost:9092 --topic ecom_clickstream_raw
+
+.PHONY: consume
+consume: $(VENV) ## The first ten events of the topic
+	@$(PLATFORM) run kafka -- kafka-console-consumer --bootstrap-server localhost:9092 --topic ecom_clickstream_raw --from-beginning --max-messages 10
+
+.PHONY: lag
+lag: $(VENV) ## How far each stream is behind the topic
+	@$(PLATFORM) run kafka -- kafka-consumer-groups --bootstrap-server localhost:9092 --describe --all-groups
+
+.PHONY: logs
+logs: $(VENV) ## The journal of a service: SERVICE=kafka, ARGS=-f to follow
+	@test -n "$(SERVICE)" || { echo "Which service? make logs SERVICE=kafka; 'make status' lists them." >&2; exit 2; }
+	@$(PLATFORM) logs $(SERVICE) $(ARGS)
+
+.PHONY: ssh
+ssh: $(VENV) ## A shell on a node: NODE=name, else the first
+	@$(PLATFORM) ssh $(NODE)
+
+.PHONY: restart
+restart: $(VENV) ## Restart a service node by node, healthy before the next: SERVICE=kafka
+	@test -n "$(SERVICE)" || { echo "Which service? make restart SERVICE=kafka; 'make status' lists them." >&2; exit 2; }
+	@$(PLATFORM) restart $(SERVICE)
+
+.PHONY: down
+down: ## Stop the guests; the data stays and `make up` starts them again
+	@vagrant halt
+
+.PHONY: destroy
+destroy: ## Remove the guests with their data
+	@vagrant destroy --force
+
+##@ Test
+.PHONY: test
+test: ## Everything: lint, unit, one scenario a role, end to end; prints the time of each stage
+	@ansible/scripts/test-all
+
+.PHONY: lint
+lint: $(VENV) ## Python, YAML, Ansible and the repository's own rules
+	@ansible/scripts/prepare-host guests
+	ruff check .
+	ruff format --check .
+	mypy
+	yamllint --strict .
+	ansible-lint --offline
+	pytest -q tests/repo
+
+.PHONY: unit
+unit: $(VENV) $(TEST_VENV) ## The package, on local Spark and a private PostgreSQL; the Ansible modules
+	pytest -q tests/unit
+	cd pipeline && ../.cache/test-venv/bin/python -m pytest -q
+
+.PHONY: molecule
+molecule: $(VENV) ## One role in a guest of its own: ROLE=kafka; without ROLE all of them
+	@ansible/scripts/prepare-host guests
+	@ansible/scripts/build-box
+	@for role in $(or $(ROLE),common java zookeeper kafka postgres spark airflow pipeline); do molecule test -s $$role; done
+
+.PHONY: e2e
+e2e: $(VENV) ## The whole platform in its guest: events to Gold, reload, kill -9 of every service, bad input
+	pytest -q -s tests/e2e
+
+##@ Maintain
+.PHONY: deploy
+deploy: $(VENV) ## Bring servers you already have to the inventory: INVENTORY=path
+	@ansible-playbook -i $(INVENTORY) ansible/playbooks/site.yml $(ARGS)
+
+.PHONY: lock
+lock: $(VENV) ## Renew the artifact locks (jars and Python requirements): ARGS="kafka --upgrade"
+	@ansible/scripts/prepare-host tests
+	@ansible/scripts/lock $(ARGS)
+
+.PHONY: prepare
+prepare: ## Install what this machine needs for guests and tests
+	@ansible/scripts/prepare-host guests tests
+
+.PHONY: venv
+venv: $(VENV) ## The control environment .venv, from its lock
+
+.PHONY: help
+help: ## This list
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV): ansible/requirements.txt
+	@ansible/scripts/make-venv .venv $<
+	@touch $@
+
+$(TEST_VENV): ansible/requirements-test.txt
+	@ansible/scripts/prepare-host tests
+	@ansible/scripts/make-venv .cache/test-venv $<
+	@touch $@
