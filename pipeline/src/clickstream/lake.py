@@ -65,21 +65,23 @@ class Table:
             "delta.logRetentionDuration": f"interval {hours} hours",
             "delta.deletedFileRetentionDuration": f"interval {hours} hours",
         }
+        path = f"delta.`{settings.table(self.name)}`"
 
-        def create() -> None:
-            builder = DeltaTable.createIfNotExists(spark).location(settings.table(self.name))
-            for key, value in properties.items():
-                builder = builder.property(key, value)
-            builder.addColumns(self.schema).partitionedBy(*self.partition_by).execute()
+        def pairs(values: dict[str, str]) -> str:
+            return ", ".join(f"'{key}' = '{value}'" for key, value in values.items())
 
-        retry_conflicts(create)
-        table = DeltaTable.forPath(spark, settings.table(self.name))
-        current = table.detail().select("properties").first()
-        assert current is not None
-        changed = {k: v for k, v in properties.items() if current["properties"].get(k) != v}
+        # Applications may start together: the one that loses the race finds the table there.
+        retry_conflicts(
+            lambda: spark.sql(
+                f"CREATE TABLE IF NOT EXISTS {path} ({self.columns}) USING delta "
+                f"PARTITIONED BY ({', '.join(self.partition_by)}) TBLPROPERTIES ({pairs(properties)})"
+            )
+        )
+        detail = DeltaTable.forPath(spark, settings.table(self.name)).detail().select("properties").first()
+        assert detail is not None
+        changed = {k: v for k, v in properties.items() if detail["properties"].get(k) != v}
         if changed:
-            pairs = ", ".join(f"'{k}' = '{v}'" for k, v in changed.items())
-            spark.sql(f"ALTER TABLE delta.`{settings.table(self.name)}` SET TBLPROPERTIES ({pairs})")
+            spark.sql(f"ALTER TABLE {path} SET TBLPROPERTIES ({pairs(changed)})")
 
     def read(self, spark: SparkSession, settings: Settings) -> DataFrame:
         return spark.read.format("delta").load(settings.table(self.name))

@@ -89,7 +89,7 @@ class MartWriter:
         def work(connection: psycopg.Connection[Any]) -> set[datetime]:
             query = sql.SQL(
                 "SELECT DISTINCT window_start FROM {} WHERE is_final = %s AND window_start >= "
-                "coalesce(%s, '-infinity')"
+                "coalesce(%s::timestamptz, '-infinity')"
             ).format(mart.table)
             return {row[0] for row in connection.execute(query, (final, since))}
 

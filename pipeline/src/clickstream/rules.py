@@ -73,22 +73,22 @@ FIELD_RULES = (
     Rule(
         "event_id_format",
         "event_id is not evt_ and 8 to 20 digits",
-        "e.event_id NOT RLIKE '^evt_[0-9]{8,20}$'",
+        "e.event_id NOT RLIKE '^evt_[0-9]{8,20}\\\\z'",
     ),
     Rule(
         "user_id_format",
         "user_id is not user_ and 4 to 20 digits",
-        "e.user_id NOT RLIKE '^user_[0-9]{4,20}$'",
+        "e.user_id NOT RLIKE '^user_[0-9]{4,20}\\\\z'",
     ),
     Rule(
         "product_id_format",
         "product_id is not prod_ and 4 to 20 digits",
-        "e.product_id NOT RLIKE '^prod_[0-9]{4,20}$'",
+        "e.product_id NOT RLIKE '^prod_[0-9]{4,20}\\\\z'",
     ),
     Rule(
         "session_id_format",
         "session_id is not session_ and 4 to 20 digits",
-        "e.session_id NOT RLIKE '^session_[0-9]{4,20}$'",
+        "e.session_id NOT RLIKE '^session_[0-9]{4,20}\\\\z'",
     ),
     Rule(
         "event_type_unknown",
@@ -137,7 +137,7 @@ FIELD_RULES = (
 
 RULES = PAYLOAD_RULES + FIELD_RULES
 
-_ISO = r"^\\d{4}-\\d{2}-\\d{2}T\\d{2}:\\d{2}:\\d{2}([.]\\d{1,6})?(Z|[+-]\\d{2}:\\d{2})$"
+_ISO = r"^\\d{4}-\\d{2}-\\d{2}T\\d{2}:\\d{2}:\\d{2}([.]\\d{1,6})?(Z|[+-]\\d{2}:\\d{2})\\z"
 
 
 def _codes(rules: tuple[Rule, ...], gate: str) -> str:
@@ -156,12 +156,13 @@ def check(raw: DataFrame, settings: Settings) -> DataFrame:
         raw.withColumn("text", F.expr("CAST(value AS STRING)"))
         # Parsed as the one element of an array, because the parser ignores what follows a top-level value.
         .withColumn(
-            "e",
+            "parsed",
             F.expr(
-                f"""get(from_json(concat('[', text, ']'), 'ARRAY<STRUCT<{fields}>>',
-                    map('allowSingleQuotes', 'false', 'allowNonNumericNumbers', 'false')), 0)"""
+                f"""from_json(concat('[', text, ']'), 'ARRAY<STRUCT<{fields}>>',
+                    map('allowSingleQuotes', 'false', 'allowNonNumericNumbers', 'false'))"""
             ),
         )
+        .withColumn("e", F.expr("CASE WHEN size(parsed) = 1 THEN parsed[0] END"))
         # Nothing below may throw on any input: ANSI mode would end the stream over one record.
         .withColumn(
             "event_time",
@@ -186,5 +187,5 @@ def check(raw: DataFrame, settings: Settings) -> DataFrame:
             "codes",
             F.expr(f"concat({_codes(PAYLOAD_RULES, 'true')}, {_codes(FIELD_RULES, 'e IS NOT NULL')})"),
         )
-        .drop("text", "price_text", "reference_time", "skew", "max_age")
+        .drop("text", "parsed", "price_text", "reference_time", "skew", "max_age")
     )

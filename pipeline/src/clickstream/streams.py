@@ -74,7 +74,7 @@ def run(settings: Settings, names: Sequence[str]) -> int:
             if stop.is_set():
                 break
             queries.append(_start(spark, settings, name, extra))
-            log.warning("query %s started", name)
+            log.info("query %s started", name)
         code = _watch(queries, ready, stop)
     finally:
         sdnotify.notify("STOPPING=1")
@@ -99,7 +99,7 @@ def _watch(queries: Sequence[StreamingQuery], ready: set[str], stop: threading.E
         if not told and ready.issuperset(query.name for query in queries):
             told = True
             sdnotify.notify(f"READY=1\nSTATUS=running {', '.join(query.name for query in queries)}")
-            log.warning("all queries have finished their first trigger")
+            log.info("all queries have finished their first trigger")
         watchdog.ping()
-    log.warning("stopping")
+    log.info("stopping")
     return 0

@@ -1,0 +1,158 @@
+"""One real Spark for the whole suite, and a real PostgreSQL in a temporary directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+os.environ["TZ"] = "UTC"
+
+from pyspark.sql.types import StructType
+
+from clickstream.session import spark_session
+from clickstream.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from pyspark.sql import DataFrame, SparkSession
+
+CASES = Path(__file__).parent / "cases"
+KAFKA_COLUMNS = """topic STRING, partition INT, offset BIGINT, timestamp TIMESTAMP, timestampType INT,
+    key BINARY, value BINARY, headers ARRAY<STRUCT<key: STRING, value: BINARY>>"""
+
+
+def _jars() -> list[Path]:
+    directory = os.environ.get("CLICKSTREAM_TEST_JARS", "")
+    jars = sorted(Path(directory).glob("*.jar")) if directory else []
+    if not any("delta-spark" in jar.name for jar in jars):
+        pytest.exit(
+            "CLICKSTREAM_TEST_JARS must name a directory with the jars of Delta Lake and Spark's Kafka source; "
+            "`make unit` provides it",
+            returncode=3,
+        )
+    return jars
+
+
+@pytest.fixture(scope="session")
+def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
+    """The production session on two local cores; only what a node's spark-defaults.conf would say is added."""
+    conf = tmp_path_factory.mktemp("spark-conf")
+    (conf / "spark-defaults.conf").write_text(
+        f"spark.driver.extraClassPath {':'.join(map(str, _jars()))}\n"
+        f"spark.local.dir {tmp_path_factory.mktemp('spark-local')}\n"
+        f"spark.sql.warehouse.dir {tmp_path_factory.mktemp('warehouse')}\n"
+        "spark.ui.enabled false\n"
+        "spark.driver.host 127.0.0.1\n"
+        "spark.driver.bindAddress 127.0.0.1\n"
+        # the state of a query that a test stopped is not needed for long
+        "spark.sql.streaming.stateStore.maintenanceInterval 600s\n"
+    )
+    os.environ["SPARK_CONF_DIR"] = str(conf)
+    session = spark_session(
+        Settings(lake_uri="file:///unused", spark_master="local[2]", driver_memory="1g"), "unit", streams=True
+    )
+    session.sparkContext.setLogLevel("ERROR")
+    yield session
+    session.stop()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(lake_uri=f"file://{tmp_path}/lake", status_dir=str(tmp_path / "status"))
+
+
+NOW = datetime(2025, 11, 29, 12, 0, tzinfo=UTC)
+
+
+def event(number: int = 1, **changes: Any) -> dict[str, Any]:
+    """A valid event of 12:00, with changes."""
+    product = changes.get("product_id", "prod_0007")
+    return {
+        "event_id": f"evt_{number:08d}",
+        "user_id": "user_0001",
+        "product_id": product,
+        "event_type": "view",
+        "timestamp": "2025-11-29T12:00:00.000Z",
+        "session_id": "session_1001",
+        "product_category": "Home",
+        "device_type": "mobile",
+        "page_url": f"/product/{product}",
+        "price": 19.99,
+    } | changes
+
+
+def without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if key not in names}
+
+
+class Topic:
+    """Records with Kafka's columns; each takes the next offset of its partition, as a broker would give it."""
+
+    def __init__(self, spark: SparkSession, partitions: int = 3) -> None:
+        self._spark = spark
+        self._next = [0] * partitions
+
+    def records(
+        self, values: Iterable[dict[str, Any] | bytes | None], at: datetime = NOW, partition: int = 0
+    ) -> DataFrame:
+        rows = []
+        for value in values:
+            payload = json.dumps(value).encode() if isinstance(value, dict) else value
+            rows.append(("topic", partition, self._next[partition], at, 0, b"key", payload, []))
+            self._next[partition] += 1
+        schema = StructType.fromDDL(KAFKA_COLUMNS)
+        return self._spark.createDataFrame(rows, schema)
+
+
+@pytest.fixture
+def topic(spark: SparkSession) -> Topic:
+    return Topic(spark)
+
+
+def _postgres_binaries() -> Path:
+    candidates = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: int(p.parent.name), reverse=True)
+    on_path = shutil.which("initdb")
+    if on_path:
+        candidates.insert(0, Path(on_path).parent)
+    for directory in candidates:
+        if (directory / "initdb").exists():
+            return directory
+    pytest.fail("PostgreSQL's server is not installed; `make prepare` installs it (Debian: apt-get install postgresql)")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """A private PostgreSQL server on a Unix socket; its connection string."""
+    binaries = _postgres_binaries()
+    # Not pytest's own directory: the server's user must be able to enter it, and socket paths are short.
+    base = Path(tempfile.mkdtemp(prefix="ckpg-", dir="/tmp"))
+    as_user: list[str] = []
+    user = "postgres"
+    if os.geteuid() == 0:  # the server refuses to run as root
+        shutil.chown(base, user=user)
+        as_user = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+    data = base / "data"
+
+    def run(*command: str | Path) -> None:
+        done = subprocess.run([*as_user, *map(str, command)], capture_output=True, text=True, cwd=base, check=False)
+        if done.returncode:
+            pytest.fail(f"{' '.join(map(str, command))}: {done.stdout}{done.stderr}")
+
+    run(binaries / "initdb", "-D", data, "-U", "clickstream", "-A", "trust", "-N", "-E", "UTF8", "--locale=C")
+    options = f"-k {base} -c listen_addresses= -c fsync=off"
+    run(binaries / "pg_ctl", "-D", data, "-l", base / "log", "-o", options, "-w", "start")
+    try:
+        run(binaries / "createdb", "-h", base, "-U", "clickstream", "analytics")
+        yield f"host={base} user=clickstream dbname=analytics"
+    finally:
+        run(binaries / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop")
+        shutil.rmtree(base, ignore_errors=True)
