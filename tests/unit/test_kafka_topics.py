@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "ansible/plugins/modules"))
 
-from kafka_topics import Found, Plan, TopicsError, expected, kafka_text, make_plan, read_wanted, same  # noqa: E402
+from kafka_topics import Found, Plan, TopicsError, expected, kafka_text, make_plan, read_wanted, same
 
 
 def topic(name: str = "clicks", **options: Any) -> dict[str, Any]:
@@ -19,7 +19,8 @@ def topic(name: str = "clicks", **options: Any) -> dict[str, Any]:
 
 def there(partitions: int = 3, replication_factor: int = 1, **own: str) -> Found:
     kinds = {"retention.ms": "LONG", "cleanup.policy": "LIST", "preallocate": "BOOLEAN"}
-    return Found(partitions, replication_factor, True, {key.replace("_", "."): value for key, value in own.items()}, kinds)
+    settings = {key.replace("_", "."): value for key, value in own.items()}
+    return Found(partitions, replication_factor, True, settings, kinds)
 
 
 def plan(description: dict[str, Any], found: Found | None, brokers: int = 1, reset: bool = False) -> Plan:
@@ -45,9 +46,7 @@ def test_a_missing_topic_is_created() -> None:
 def test_more_copies_than_brokers_are_refused_before_creating() -> None:
     result = plan(topic(replication_factor=3), None, brokers=2)
     assert not result.create
-    assert result.refused == [
-        "clicks: replication_factor is 3 and the cluster has 2 brokers; lower it or add brokers"
-    ]
+    assert result.refused == ["clicks: replication_factor is 3 and the cluster has 2 brokers; lower it or add brokers"]
 
 
 def test_partitions_grow_and_never_shrink() -> None:

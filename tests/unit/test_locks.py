@@ -34,9 +34,7 @@ def test_a_jar_lock_can_be_installed_and_belongs_to_its_pom(lock: Path) -> None:
     coordinates = {":".join(jar.coordinates.split(":")[:2]) for jar in jars}
     pom = lock.with_name("pom.xml").read_text(encoding="utf-8")
     dependencies = re.sub(r"<(exclusions|dependencyManagement)>.*?</\1>|<!--.*?-->", "", pom, flags=re.S)
-    asked = re.findall(
-        r"<dependency>\s*<groupId>([^<]+)</groupId>\s*<artifactId>([^<]+)</artifactId>", dependencies
-    )
+    asked = re.findall(r"<dependency>\s*<groupId>([^<]+)</groupId>\s*<artifactId>([^<]+)</artifactId>", dependencies)
     assert asked and {":".join(pair) for pair in asked} <= coordinates
 
 

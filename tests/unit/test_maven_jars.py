@@ -143,9 +143,7 @@ def test_installs_exactly_the_lock_and_then_changes_nothing(repository: Reposito
     assert jars.path.joinpath("one-1.0.jar").stat().st_ino == inode
 
 
-def test_removes_what_the_lock_does_not_name_and_replaces_what_is_damaged(
-    repository: Repository, jars: Runner
-) -> None:
+def test_removes_what_the_lock_does_not_name_and_replaces_what_is_damaged(repository: Repository, jars: Runner) -> None:
     lock = [repository.publish("a:one:1"), repository.publish("a:two:1")]
     jars(lock)
     (jars.path / "old-0.9.jar").write_bytes(b"x")

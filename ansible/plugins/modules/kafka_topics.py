@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+# ruff: noqa: E402 - Ansible wants the documentation before the imports
+
 DOCUMENTATION = r"""
 module: kafka_topics
 short_description: Bring Kafka topics to their descriptions
@@ -107,14 +109,14 @@ topics:
         retention.ms: "604800000"
 """
 
-import re  # noqa: E402 - Ansible wants the documentation first
-import time  # noqa: E402
-import traceback  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from dataclasses import dataclass, field  # noqa: E402
-from typing import Any  # noqa: E402
+import re
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
-from ansible.module_utils.basic import AnsibleModule, missing_required_lib  # noqa: E402
+from ansible.module_utils.basic import AnsibleModule, missing_required_lib
 
 try:
     from kafka import errors as kafka_errors

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+# ruff: noqa: E402 - Ansible wants the documentation before the imports
+
 DOCUMENTATION = r"""
 module: maven_jars
 short_description: Make a directory hold exactly the jars of a lock
@@ -135,26 +137,26 @@ downloaded_bytes:
   type: int
 """
 
-import base64  # noqa: E402 - Ansible wants the documentation first
-import contextlib  # noqa: E402
-import functools  # noqa: E402
-import hashlib  # noqa: E402
-import http.client  # noqa: E402
-import os  # noqa: E402
-import re  # noqa: E402
-import shutil  # noqa: E402
-import socket  # noqa: E402
-import ssl  # noqa: E402
-import tempfile  # noqa: E402
-import threading  # noqa: E402
-import urllib.error  # noqa: E402
-import urllib.parse  # noqa: E402
-import urllib.request  # noqa: E402
-from concurrent.futures import ThreadPoolExecutor  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from typing import Any, BinaryIO  # noqa: E402
+import base64
+import contextlib
+import functools
+import hashlib
+import http.client
+import os
+import re
+import shutil
+import socket
+import ssl
+import tempfile
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, BinaryIO
 
-from ansible.module_utils.basic import AnsibleModule  # noqa: E402
+from ansible.module_utils.basic import AnsibleModule
 
 PART = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
 LINE = re.compile(
