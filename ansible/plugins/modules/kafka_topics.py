@@ -75,7 +75,7 @@ author:
 EXAMPLES = r"""
 - name: Bring the topics to their descriptions
   kafka_topics:
-    bootstrap_servers: "{{ groups['kafka'] | map('extract', hostvars, 'ansible_host') | product([':9092']) | map('join') }}"
+    bootstrap_servers: "{{ groups['kafka'] | product([':9092']) | map('join') }}"
     topics:
       - name: ecom_clickstream_raw
         partitions: 3
