@@ -42,12 +42,25 @@ def _jars() -> list[Path]:
     return jars
 
 
+def _compile(target: Path) -> Path:
+    """The lake's file system, compiled with nothing but a Java runtime, as a node does it."""
+    import pyspark
+
+    source = Path(__file__).parents[1] / "java" / "clickstream" / "LakeFs.java"
+    hadoop = next((Path(pyspark.__file__).parent / "jars").glob("hadoop-client-api-*.jar"))
+    java = Path(os.environ["JAVA_HOME"]) / "bin" / "java" if os.environ.get("JAVA_HOME") else "java"
+    compiler = [java, "-m", "jdk.compiler/com.sun.tools.javac.Main", "--release", "17", "-Xlint:all,-classfile"]
+    subprocess.run([*compiler, "-Werror", "-cp", hadoop, "-d", target, source], check=True)
+    return target
+
+
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     """The production session on two local cores; only what a node's spark-defaults.conf would say is added."""
     conf = tmp_path_factory.mktemp("spark-conf")
+    classes = _compile(tmp_path_factory.mktemp("classes"))
     (conf / "spark-defaults.conf").write_text(
-        f"spark.driver.extraClassPath {':'.join(map(str, _jars()))}\n"
+        f"spark.driver.extraClassPath {':'.join(map(str, [classes, *_jars()]))}\n"
         f"spark.local.dir {tmp_path_factory.mktemp('spark-local')}\n"
         f"spark.sql.warehouse.dir {tmp_path_factory.mktemp('warehouse')}\n"
         "spark.ui.enabled false\n"
@@ -112,6 +125,12 @@ class Topic:
         schema = StructType.fromDDL(KAFKA_COLUMNS)
         return self._spark.createDataFrame(rows, schema)
 
+    def append(
+        self, path: str, values: Iterable[dict[str, Any] | bytes | None], at: datetime = NOW, partition: int = 0
+    ) -> None:
+        """A Delta table of such records stands in for the topic: a stream can follow either."""
+        self.records(values, at, partition).coalesce(1).write.format("delta").mode("append").save(path)
+
 
 @pytest.fixture
 def topic(spark: SparkSession) -> Topic:
@@ -126,7 +145,9 @@ def _postgres_binaries() -> Path:
     for directory in candidates:
         if (directory / "initdb").exists():
             return directory
-    pytest.fail("PostgreSQL's server is not installed; `make prepare` installs it (Debian: apt-get install postgresql)")
+    pytest.fail(
+        "PostgreSQL's server is not installed; `make prepare` installs it (Debian: apt-get install postgresql)"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -143,7 +164,9 @@ def postgres() -> Iterator[str]:
     data = base / "data"
 
     def run(*command: str | Path) -> None:
-        done = subprocess.run([*as_user, *map(str, command)], capture_output=True, text=True, cwd=base, check=False)
+        done = subprocess.run(
+            [*as_user, *map(str, command)], capture_output=True, text=True, cwd=base, check=False
+        )
         if done.returncode:
             pytest.fail(f"{' '.join(map(str, command))}: {done.stdout}{done.stderr}")
 

@@ -46,7 +46,7 @@ CASES: dict[str, tuple[bytes | None, list[str]]] = {
     "XML": (b"<event/>", ["not_json_object"]),
     "cut off": (raw()[:-20], ["not_json_object"]),
     "cut inside a character": (raw(user_id="user_0001")[:-40] + "é".encode()[:1], ["not_utf8", "not_json_object"]),
-    "broken character inside": (text("mobile", "mob\ufffd").replace("\\ufffd".encode(), b"\xff"), None),  # type: ignore[dict-item]
+    "broken character inside": (text("mobile", "mob\ufffd").replace(b"\\ufffd", b"\xff"), None),  # type: ignore[dict-item]
     "zero bytes": (b"\x00" * 16, ["not_json_object"]),
     "random bytes": (bytes(range(256)), ["not_utf8", "not_json_object"]),
     "UTF-16": (raw().decode().encode("utf-16"), ["not_utf8", "not_json_object"]),

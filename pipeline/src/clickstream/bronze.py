@@ -48,10 +48,15 @@ def archive(records: DataFrame) -> DataFrame:
 
 
 def build(spark: SparkSession, settings: Settings) -> DataStreamWriter:
+    return query(kafka_stream(spark, settings, headers=True), settings)
+
+
+def query(records: DataFrame, settings: Settings) -> DataStreamWriter:
     # One task and so one small file a batch; the archive is not in anybody's path to an answer.
-    records = archive(kafka_stream(spark, settings, headers=True)).coalesce(1)
     return (
-        records.writeStream.queryName(QUERY)
+        archive(records)
+        .coalesce(1)
+        .writeStream.queryName(QUERY)
         .format("delta")
         .outputMode("append")
         .option("checkpointLocation", settings.checkpoint(QUERY))

@@ -173,5 +173,6 @@ class ProgressListener(StreamingQueryListener):
     def onQueryTerminated(self, event: QueryTerminatedEvent) -> None:  # noqa: N802
         name = self._names.get(str(event.id))
         if name is not None:
-            failed = event.exception is not None
-            self._write(name, state="failed" if failed else "stopped", error=event.exception)
+            error = event.exception
+            state = "stopped" if error is None else "failed"
+            self._write(name, state=state, error=error and error.splitlines()[0][:500])

@@ -157,12 +157,15 @@ def writer(settings: Settings) -> Callable[[DataFrame, int], None]:
     return write
 
 
-def build(spark: SparkSession, settings: Settings) -> DataStreamWriter:
-    records = received(kafka_stream(spark, settings, headers=False))
+def build(spark: SparkSession, settings: Settings, write: Callable[[DataFrame, int], None]) -> DataStreamWriter:
+    return query(kafka_stream(spark, settings, headers=False), settings, write)
+
+
+def query(records: DataFrame, settings: Settings, write: Callable[[DataFrame, int], None]) -> DataStreamWriter:
     return (
-        deduplicate(judge(records, settings), settings)
+        deduplicate(judge(received(records), settings), settings)
         .writeStream.queryName(QUERY)
-        .foreachBatch(writer(settings))
+        .foreachBatch(write)
         .outputMode("append")
         .option("checkpointLocation", settings.checkpoint(QUERY))
         .trigger(processingTime=settings.trigger_silver)

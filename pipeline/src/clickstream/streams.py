@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from clickstream import bronze, gold, sdnotify, silver
@@ -14,7 +15,7 @@ from clickstream.session import spark_session
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from pyspark.sql import SparkSession
+    from pyspark.sql import DataFrame, SparkSession
     from pyspark.sql.streaming.query import StreamingQuery
 
     from clickstream.settings import Settings
@@ -24,6 +25,30 @@ log = logging.getLogger("clickstream")
 QUERIES = (bronze.QUERY, silver.QUERY, gold.QUERY)
 # The streams that read Kafka show their position as a consumer group of this name.
 GROUP_PREFIX = "ecom-"
+# How long a stop waits for the batches that run.
+STOP_SECONDS = 15.0
+
+
+class BatchError(RuntimeError):
+    """A batch failed; the message is one line, the log has the rest."""
+
+
+def _guarded(name: str, write: Callable[[DataFrame, int], None]) -> Callable[[DataFrame, int], None]:
+    """Logs a batch's error here and raises a short one.
+
+    Spark matches the message of a failed batch against a regular expression that recurses with every character
+    of it; a whole Java stack trace overflows the query's own stack.
+    """
+
+    def guarded(batch: DataFrame, batch_id: int) -> None:
+        try:
+            write(batch, batch_id)
+        except Exception as error:
+            first = next(iter(str(error).strip().splitlines()), "")[:300]
+            log.exception("query %s, batch %d", name, batch_id)
+            raise BatchError(f"batch {batch_id}: {type(error).__name__}: {first}") from None
+
+    return guarded
 
 
 def _start(
@@ -39,10 +64,10 @@ def _start(
         if name == silver.QUERY:
             for table in silver.TABLES:
                 table.ensure(spark, settings)
-            return silver.build(spark, settings).start()
+            return silver.build(spark, settings, _guarded(name, silver.writer(settings))).start()
         writer = gold.GoldWriter(spark, settings, gold.prepare(spark, settings))
         extra[name] = lambda: {"last_event_at": writer.newest.isoformat() if writer.newest else None}
-        return gold.build(spark, settings, writer).start()
+        return gold.build(spark, settings, _guarded(name, writer)).start()
     finally:
         spark.sparkContext.setLocalProperty("spark.scheduler.pool", None)  # type: ignore[arg-type]
 
@@ -78,13 +103,24 @@ def run(settings: Settings, names: Sequence[str]) -> int:
         code = _watch(queries, ready, stop)
     finally:
         sdnotify.notify("STOPPING=1")
-        for query in queries:
-            if query.isActive:
-                query.stop()
+        _stop(queries)
         for group in groups.values():
             group.close()
         spark.stop()
     return code
+
+
+def _stop(queries: Sequence[StreamingQuery]) -> None:
+    """Stops each query between two batches where it can; an interrupted batch would be replayed, noisily."""
+    deadline = time.monotonic() + STOP_SECONDS
+    running = [query for query in queries if query.isActive]
+    while running:
+        late = time.monotonic() > deadline
+        for query in list(running):
+            if late or not query.isActive or not query.status["isTriggerActive"]:
+                query.stop()
+                running.remove(query)
+        time.sleep(0.02)
 
 
 def _watch(queries: Sequence[StreamingQuery], ready: set[str], stop: threading.Event) -> int:

@@ -1,0 +1,215 @@
+"""Silver as a stream: golden cases, deduplication, the watermark, and what a replay must not change."""
+
+from __future__ import annotations
+
+import csv
+import json
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from conftest import CASES, NOW, Topic, event
+
+from clickstream import lake, silver
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+    from pyspark.sql.streaming.query import StreamingQuery
+
+    from clickstream.settings import Settings
+
+
+class Silver:
+    """The real query, over a Delta table with Kafka's columns in the place of the topic."""
+
+    def __init__(self, spark: SparkSession, settings: Settings) -> None:
+        self.spark, self.settings = spark, settings
+        self.source = f"{settings.lake_uri}/topic"
+        for table in silver.TABLES:
+            table.ensure(spark, settings)
+
+    def run(self) -> StreamingQuery:
+        """Processes what is there, as a service that starts, catches up and stops."""
+        records = self.spark.readStream.format("delta").option("maxFilesPerTrigger", 1).load(self.source)
+        query = (
+            silver.query(records, self.settings, silver.writer(self.settings)).trigger(availableNow=True).start()
+        )
+        query.awaitTermination()
+        return query
+
+    def events(self) -> list[tuple[int, str]]:
+        rows = silver.EVENTS.read(self.spark, self.settings).select("offset", "event_id").collect()
+        return sorted((row["offset"], row["event_id"]) for row in rows)
+
+    def rejects(self) -> list[tuple[int, list[str]]]:
+        rows = silver.REJECTS.read(self.spark, self.settings).select("offset", "codes").collect()
+        return sorted((row["offset"], row["codes"]) for row in rows)
+
+    def checkpoint(self) -> Path:
+        return Path(self.settings.checkpoint("silver").removeprefix("file://"))
+
+    def forget_last_commit(self) -> int:
+        """What a crash after the batch's writes and before its commit leaves behind."""
+        commits = self.checkpoint() / "commits"
+        last = max(int(path.name) for path in commits.iterdir() if path.name.isdigit())
+        (commits / str(last)).unlink()
+        return last
+
+
+@pytest.fixture
+def stream(spark: SparkSession, settings: Settings) -> Silver:
+    return Silver(spark, settings)
+
+
+@pytest.mark.parametrize("case", sorted(path.stem for path in (CASES / "silver").glob("*.jsonl")))
+def test_golden(case: str, stream: Silver, topic: Topic) -> None:
+    """Input: a record a line, in batches. Expected: every offset, and where it ended."""
+    batches: dict[int, list[dict[str, Any]]] = {}
+    for line in (CASES / "silver" / f"{case}.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        batches.setdefault(record["batch"], []).append(record)
+    for batch in batches.values():
+        values = [event(**r["event"]) if "event" in r else r["value"].encode() for r in batch]
+        topic.append(stream.source, values, at=datetime.fromisoformat(batch[0]["kafka_time"]))
+        stream.run()
+    ended = dict.fromkeys(range(sum(map(len, batches.values()))), ("dropped", ""))
+    ended |= {offset: ("events", event_id) for offset, event_id in stream.events()}
+    ended |= {offset: ("rejects", " ".join(codes)) for offset, codes in stream.rejects()}
+    with (CASES / "silver" / f"{case}.expected.csv").open() as lines:
+        expected = {int(row["offset"]): (row["table"], row["detail"]) for row in csv.DictReader(lines)}
+    assert ended == expected
+
+
+def test_typed_columns(stream: Silver, topic: Topic) -> None:
+    topic.append(stream.source, [event(event_type="purchase", price=299.99)])
+    stream.run()
+    row = silver.EVENTS.read(stream.spark, stream.settings).selectExpr("*", "cast(price as string) text").first()
+    assert row is not None
+    assert row["text"] == "299.99"
+    assert row["event_time"] == row["kafka_timestamp"] == datetime(2025, 11, 29, 12, 0)
+    assert str(row["event_date"]) == "2025-11-29"
+    assert (row["topic"], row["partition"], row["offset"], row["ruleset_version"]) == ("topic", 0, 0, 1)
+
+
+def test_state_is_kept_between_runs(stream: Silver, topic: Topic) -> None:
+    topic.append(stream.source, [event(1), event(2)])
+    stream.run()
+    topic.append(stream.source, [event(2), event(3)])
+    stream.run()
+    assert stream.events() == [(0, "evt_00000001"), (1, "evt_00000002"), (3, "evt_00000003")]
+
+
+def test_invalid_records_are_kept_however_equal(stream: Silver, topic: Topic) -> None:
+    """They pass the stateful operator with no event time: this pins that Spark keeps such rows."""
+    topic.append(stream.source, [b"rubbish", b"rubbish", None, None, b"", event(1, price=-1), event(1, price=-1)])
+    stream.run()
+    topic.append(stream.source, [b"rubbish", event(1, price=-1), event(1)])
+    stream.run()
+    assert [offset for offset, _ in stream.rejects()] == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert stream.events() == [(9, "evt_00000001")]
+
+
+def test_invalid_records_after_the_watermark_moved_on(stream: Silver, topic: Topic) -> None:
+    topic.append(stream.source, [event(1, timestamp="2025-11-29T12:00:00Z")])
+    stream.run()
+    topic.append(stream.source, [event(2, timestamp="2025-11-29T15:00:00Z")], at=NOW + timedelta(hours=3))
+    stream.run()
+    topic.append(stream.source, [b"rubbish", None], at=NOW + timedelta(hours=3))
+    stream.run()
+    assert [offset for offset, _ in stream.rejects()] == [2, 3]
+
+
+def test_a_bad_clock_does_not_move_the_watermark(stream: Silver, topic: Topic) -> None:
+    topic.append(
+        stream.source,
+        [
+            event(1),
+            event(2, timestamp="2025-11-29T13:00:00Z"),
+            event(3, timestamp="9999-01-01T00:00:00Z"),
+            event(4, timestamp="1999-01-01T00:00:00Z"),
+            event(5, timestamp="2025-11-29T13:00:00Z", price=-1),
+        ],
+    )
+    stream.run()
+    topic.append(stream.source, [event(6, timestamp="2025-11-29T11:55:00Z")])
+    query = stream.run()
+    assert stream.events() == [(0, "evt_00000001"), (5, "evt_00000006")]
+    progress = query.lastProgress
+    assert progress is not None
+    assert progress.eventTime["watermark"] == "2025-11-29T11:50:00.000Z"
+
+
+def test_state_is_bounded_by_the_watermark(stream: Silver, topic: Topic) -> None:
+    for hour in range(4):
+        at = NOW + timedelta(hours=hour)
+        stamp = f"{at:%Y-%m-%dT%H:%M:%S}.000Z"
+        topic.append(stream.source, [event(hour * 100 + n, timestamp=stamp) for n in range(50)], at=at)
+    stream.run()
+    topic.append(stream.source, [b"rubbish"] * 50, at=NOW + timedelta(hours=3))
+    stream.run()
+    states = stream.spark.read.format("statestore").load(stream.settings.checkpoint("silver"))
+    assert states.count() <= 100  # the last hour's ids and at most the last batch's rejects
+
+
+def test_a_replayed_batch_changes_nothing(stream: Silver, topic: Topic) -> None:
+    topic.append(stream.source, [event(1), event(2), b"rubbish"])
+    stream.run()
+    before = stream.events(), stream.rejects()
+    stream.forget_last_commit()
+    stream.run()
+    assert (stream.events(), stream.rejects()) == before
+
+
+def test_a_crash_between_the_two_tables_loses_and_doubles_nothing(
+    stream: Silver, topic: Topic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic.append(stream.source, [event(1), b"rubbish", event(2)])
+
+    def crash_at_rejects(df: Any, path: str, app_id: str, version: int) -> None:
+        if path.endswith("rejects"):
+            raise OSError("no space left on device")
+        lake.append_once(df, path, app_id, version)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(silver, "append_once", crash_at_rejects)
+        with pytest.raises(Exception, match="no space left"):
+            stream.run()
+    assert (len(stream.events()), len(stream.rejects())) == (2, 0)
+    stream.run()
+    assert stream.events() == [(0, "evt_00000001"), (2, "evt_00000002")]
+    assert stream.rejects() == [(1, ["not_json_object"])]
+
+
+def test_a_new_checkpoint_is_a_new_writer(stream: Silver, topic: Topic) -> None:
+    """Batch numbers start again with a new checkpoint; they must not be taken for a replay of the old ones."""
+    topic.append(stream.source, [event(1)])
+    stream.run()
+    moved = stream.checkpoint()
+    moved.rename(moved.with_name("old"))
+    stream.run()
+    assert len(stream.events()) == 2
+
+
+def test_empty_batches_write_nothing(stream: Silver, topic: Topic) -> None:
+    topic.append(stream.source, [event(1)])
+    stream.run()
+    log = Path(stream.settings.table("silver.events").removeprefix("file://")) / "_delta_log"
+    before = sorted(path.name for path in log.glob("*.json"))
+    stream.run()
+    assert sorted(path.name for path in log.glob("*.json")) == before
+
+
+def test_ensure_is_idempotent_and_applies_a_changed_retention(spark: SparkSession, settings: Settings) -> None:
+    from dataclasses import replace
+
+    from delta.tables import DeltaTable
+
+    silver.EVENTS.ensure(spark, settings)
+    silver.EVENTS.ensure(spark, settings)
+    table = DeltaTable.forPath(spark, settings.table("silver.events"))
+    assert table.history().count() == 1
+    silver.EVENTS.ensure(spark, replace(settings, retention_hours=72))
+    detail = table.detail().first()
+    assert detail is not None
+    assert detail["properties"]["delta.logRetentionDuration"] == "interval 72 hours"
