@@ -5,7 +5,7 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 export TOPOLOGY ?= single
-INVENTORY ?= ansible/inventories/$(TOPOLOGY)
+INVENTORY ?= $(or $(CLICKSTREAM_INVENTORY),ansible/inventories/$(TOPOLOGY))
 export ANSIBLE_CONFIG := $(CURDIR)/ansible/ansible.cfg
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PLATFORM := ansible/scripts/platform --inventory $(INVENTORY)

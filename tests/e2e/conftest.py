@@ -1,0 +1,44 @@
+"""One guest for all end-to-end tests, made from nothing with the README's command and destroyed afterwards."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from platform_under_test import Platform
+
+
+@pytest.fixture(scope="session")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """The platform after `make up`. CLICKSTREAM_E2E_KEEP=1 keeps its guest, to look around or to run tests again."""
+    keep = os.environ.get("CLICKSTREAM_E2E_KEEP") == "1"
+    under_test = Platform(scratch=tmp_path_factory.mktemp("e2e"))
+    if not keep:
+        under_test.make("destroy")
+    under_test.up_output = under_test.make("up").stdout
+    yield under_test
+    print("\nTime of the verbs:")
+    for name, seconds in under_test.phases.items():
+        print(f"  {name:<30}{seconds:>7.1f} s")
+    if not keep:
+        under_test.make("destroy")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """A failed test carries the state of every service, and the journals of the unhealthy ones."""
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    under_test = getattr(item, "funcargs", {}).get("platform")
+    if report.when == "call" and report.failed and under_test is not None:
+        report.sections.append(("services", under_test.make("status", check=False).stdout))
+        report.sections.append(("journals", under_test.journals()))
+        for service in ("ecom-streams", "kafka"):
+            text = under_test.run(f"sudo nodectl logs {service} -n 60", check=False)
+            report.sections.append((f"journal of {service}", text))

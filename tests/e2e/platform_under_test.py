@@ -1,0 +1,341 @@
+"""The platform as a test sees it: its verbs from outside, its tables without Spark."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import duckdb
+import psycopg
+from deltalake import DeltaTable, QueryBuilder
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+
+ROOT = Path(__file__).resolve().parents[2]
+INVENTORY = Path(__file__).parent / "inventory"
+HOST = "ecom"
+ADDRESS = "192.168.56.120"
+TOPIC = "ecom_clickstream_raw"
+SSH = [
+    "ssh",
+    *("-i", os.path.expanduser("~/.vagrant.d/insecure_private_key")),
+    *("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"),
+    *("-o", "ConnectTimeout=10"),
+    f"vagrant@{ADDRESS}",
+]
+
+T = TypeVar("T")
+Offset = tuple[int, int]
+
+
+def wait_until(condition: Callable[[], T], timeout: float, what: str) -> T:
+    """Poll a condition until it gives something true; its value. A failure says what was waited for."""
+    deadline = time.monotonic() + timeout
+    problem: object = None
+    while True:
+        try:
+            value = condition()
+            if value:
+                return value
+            problem = value
+        except Exception as error:  # the service asked may be the one that is being restarted
+            problem = f"{type(error).__name__}: {error}"
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what}: not within {timeout:.0f} s; last: {problem}")
+        time.sleep(0.5)
+
+
+@dataclass
+class Lake:
+    """A copy of the lake's tables at a moment without writers, opened with delta-rs."""
+
+    path: Path
+
+    def query(self, sql: str, **tables: str) -> list[tuple[Any, ...]]:
+        """Ask DuckDB; the keywords name tables of the lake, which delta-rs reads."""
+        database = duckdb.connect()
+        for name, path in tables.items():
+            table = DeltaTable(str(self.path / path))
+            database.register(name, QueryBuilder().register("t", table).execute("SELECT * FROM t").read_all())
+        return database.execute(sql).fetchall()
+
+    def file_count(self, path: str) -> int:
+        """Data files of a table's present version."""
+        return len(DeltaTable(str(self.path / path)).file_uris())
+
+    def offsets(self, path: str) -> list[Offset]:
+        """(partition, offset) of every row, in no order, repeated where a row is."""
+        return self.query('SELECT partition, "offset" FROM t', t=path)  # type: ignore[return-value]
+
+
+@dataclass
+class Platform:
+    """One guest with everything on it, driven as a user would."""
+
+    scratch: Path
+    up_output: str = ""
+    phases: dict[str, float] = field(default_factory=dict)
+    # Offsets of the records that the tests themselves made wrong.
+    known_bad: dict[Offset, str] = field(default_factory=dict)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What points `make` and Vagrant at the tests' own guest."""
+        return os.environ | {
+            "CLICKSTREAM_INVENTORY": str(INVENTORY),
+            "VAGRANT_DOTFILE_PATH": str(ROOT / ".vagrant/e2e"),
+        }
+
+    def make(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a verb; what it printed is shown as it comes and kept."""
+        began = time.monotonic()
+        process = subprocess.Popen(
+            ["make", *words],
+            cwd=ROOT,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+        code = process.wait()
+        self.phases["make " + " ".join(words)] = time.monotonic() - began
+        output = "".join(lines)
+        if check and code:
+            raise AssertionError(f"make {' '.join(words)} ended with {code}:\n{output[-6000:]}\n{self.journals()}")
+        return subprocess.CompletedProcess(words, code, output, "")
+
+    def vagrant(self, *words: str) -> None:
+        """Run a Vagrant verb on the tests' guest."""
+        began = time.monotonic()
+        subprocess.run(["vagrant", *words], cwd=ROOT, env=self.environment, check=True, stdin=subprocess.DEVNULL)
+        self.phases["vagrant " + " ".join(words)] = time.monotonic() - began
+
+    def run(self, command: str, check: bool = True, timeout: float = 300) -> str:
+        """Run a shell command in the guest."""
+        done = subprocess.run(
+            [*SSH, command], capture_output=True, text=True, check=False, timeout=timeout, stdin=subprocess.DEVNULL
+        )
+        if check and done.returncode:
+            raise AssertionError(f"{command!r} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        return done.stdout
+
+    def status(self) -> dict[str, Any]:
+        """`nodectl status` of the guest."""
+        return dict(json.loads(self.run("sudo nodectl status --json", check=False)))
+
+    def services(self) -> list[dict[str, Any]]:
+        """The registered services."""
+        return list(json.loads(self.run("sudo nodectl list --json"))["services"])
+
+    def main_pids(self) -> dict[str, int]:
+        """The main process of each service's unit."""
+        units = [service["unit"] for service in self.services()]
+        lines = self.run(f"systemctl show --property Id,MainPID {' '.join(units)}")
+        blocks = [dict(line.split("=", 1) for line in block.splitlines()) for block in lines.strip().split("\n\n")]
+        return {block["Id"]: int(block["MainPID"]) for block in blocks}
+
+    def journals(self) -> str:
+        """The newest lines of every unhealthy service's journal, for a failure's report."""
+        try:
+            report = self.status()
+        except Exception as error:
+            return f"(the guest does not answer: {error})"
+        text = []
+        for service in report["services"]:
+            if not service["healthy"]:
+                text.append(f"--- {service['name']}: {service['detail']}")
+                text.append(self.run(f"sudo nodectl logs {service['name']} -n 80", check=False))
+        return "\n".join(text) or "(all services are healthy)"
+
+    def healthy(self, timeout: float = 240) -> None:
+        """Wait until every service is healthy."""
+
+        def all_healthy() -> bool:
+            report = self.status()
+            bad = [f"{row['name']}: {row['detail']}" for row in report["services"] if not row["healthy"]]
+            assert not bad, "; ".join(bad)
+            return True
+
+        wait_until(all_healthy, timeout, "all services healthy")
+
+    # --- Kafka -----------------------------------------------------------------------------------
+
+    def consumer(self) -> tuple[KafkaConsumer, list[TopicPartition]]:
+        """A consumer outside every group, and the topic's partitions."""
+        consumer = KafkaConsumer(bootstrap_servers=f"{ADDRESS}:9092", max_partition_fetch_bytes=8 << 20)
+        partitions = [TopicPartition(TOPIC, p) for p in sorted(consumer.partitions_for_topic(TOPIC))]
+        consumer.assign(partitions)
+        return consumer, partitions
+
+    def end_offsets(self) -> dict[int, int]:
+        """The end of each partition."""
+        consumer, partitions = self.consumer()
+        ends = {p.partition: end for p, end in consumer.end_offsets(partitions).items()}
+        consumer.close()
+        return ends
+
+    def records(self, start: dict[int, int] | None = None) -> dict[Offset, Any]:
+        """Every record of the topic, from the start or from given offsets, up to the present end."""
+        consumer, partitions = self.consumer()
+        ends = consumer.end_offsets(partitions)
+        for partition in partitions:
+            consumer.seek(partition, (start or {}).get(partition.partition, 0))
+        found: dict[Offset, Any] = {}
+        deadline = time.monotonic() + 120
+        while any(consumer.position(p) < ends[p] for p in partitions):
+            assert time.monotonic() < deadline, "the topic could not be read to its end"
+            for records in consumer.poll(timeout_ms=1000).values():
+                found |= {(r.partition, r.offset): r for r in records if r.offset < ends[TopicPartition(TOPIC, r.partition)]}
+        consumer.close()
+        return found
+
+    def send(self, values: list[tuple[str, bytes | None, bytes | None]]) -> dict[Offset, str]:
+        """Produce (name, key, value) records as they are; their offsets with the names."""
+        producer = KafkaProducer(bootstrap_servers=f"{ADDRESS}:9092", acks="all", max_request_size=2 << 20)
+        sent = {name: producer.send(TOPIC, key=key, value=value).get(timeout=30) for name, key, value in values}
+        producer.close()
+        return {(meta.partition, meta.offset): name for name, meta in sent.items()}
+
+    # --- Tables ----------------------------------------------------------------------------------
+
+    def mart(self, query: str) -> list[tuple[Any, ...]]:
+        """Ask the marts."""
+        password = (INVENTORY / "secrets/postgres_analytics").read_text().strip()
+        with psycopg.connect(host=ADDRESS, dbname="analytics", user="analytics", password=password) as connection:
+            return connection.execute(query).fetchall()  # type: ignore[arg-type]
+
+    def quiesce(self) -> dict[int, int]:
+        """Stop the shop and wait until all that was sent has reached Gold; the topic's ends."""
+        self.run("sudo systemctl stop ecom-producer")
+        ends = self.end_offsets()
+
+        def drained() -> bool:
+            lake = self.lake()
+            layers = {
+                "Bronze": lake.offsets("bronze/clickstream"),
+                "Silver": lake.offsets("silver/events") + lake.offsets("silver/rejects"),
+            }
+            for layer, offsets in layers.items():
+                seen = len(set(offsets))
+                assert seen >= sum(ends.values()), f"{layer} holds {seen} of {sum(ends.values())} records"
+            events = len(lake.offsets("silver/events"))
+            (counted,) = self.mart("SELECT sum(views + carts + purchases) FROM gold.product_funnel_1m")[0]
+            assert (counted or 0) >= events, f"the mart counts {counted} of {events} events"
+            return True
+
+        wait_until(drained, 180, "everything sent has reached Gold")
+        return ends
+
+    def resume(self) -> None:
+        """Start the shop again."""
+        self.run("sudo systemctl start ecom-producer")
+
+    def lake(self) -> Lake:
+        """Copy the lake out of the guest."""
+        target = self.scratch / "lake"
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        # The log is packed before the data it names is: what a commit names was written before the commit.
+        script = (
+            "cd /var/lib/lake && tar -c --exclude=_checkpoints --exclude=*.crc --ignore-failed-read "
+            "--warning=no-file-changed -f - $(find . -name _delta_log -type d) . || [ $? = 1 ]"
+        )
+        pack = subprocess.Popen([*SSH, f"sudo sh -c {shlex.quote(script)}"], stdout=subprocess.PIPE)
+        subprocess.run(["tar", "-x", "-C", target, "--skip-old-files", "-f", "-"], stdin=pack.stdout, check=True)
+        assert pack.wait() == 0, "the lake could not be copied"
+        return Lake(target)
+
+    def assert_conserved(self) -> None:
+        """Every offset of the topic is once in Bronze, byte for byte, and once in Silver; Gold equals a recount."""
+        self.quiesce()
+        records = self.records()
+        lake = self.lake()
+        expected = set(records)
+        for partition, end in self.end_offsets().items():
+            assert {o for p, o in expected if p == partition} == set(range(end)), f"the topic has a gap in partition {partition}"
+
+        bronze = lake.query('SELECT partition, "offset", key, value FROM t', t="bronze/clickstream")
+        assert len(bronze) == len(expected), f"Bronze has {len(bronze)} rows for {len(expected)} offsets"
+        differing = [
+            (partition, offset)
+            for partition, offset, key, value in bronze
+            if (record := records.get((partition, offset))) is None or (key, value) != (record.key, record.value)
+        ]
+        assert not differing, f"Bronze differs from Kafka at {differing[:10]}"
+
+        events, rejects = lake.offsets("silver/events"), lake.offsets("silver/rejects")
+        assert len(events) == len(set(events)), "an offset is twice in silver.events"
+        assert len(rejects) == len(set(rejects)), "an offset is twice in silver.rejects"
+        assert not set(events) & set(rejects), f"both event and reject: {sorted(set(events) & set(rejects))[:10]}"
+        missing = expected - set(events) - set(rejects)
+        assert not missing, f"{len(missing)} offsets are neither event nor reject: {sorted(missing)[:10]}"
+        assert set(events) | set(rejects) == expected
+        assert set(rejects) == set(self.known_bad), (
+            f"rejected without being made wrong: {sorted(set(rejects) - set(self.known_bad))[:10]}; "
+            f"made wrong and not rejected: {[self.known_bad[o] for o in sorted(set(self.known_bad) - set(rejects))]}"
+        )
+        self.assert_gold_equals_a_recount(lake)
+
+    def assert_gold_equals_a_recount(self, lake: Lake) -> None:
+        """The mart, and the final windows in Delta, equal a recount from Bronze's bytes by DuckDB."""
+        bad = ", ".join(f"({partition}, {offset})" for partition, offset in self.known_bad) or "(-1, -1)"
+        recount = set(
+            lake.query(
+                f"""
+                WITH bad(partition, "offset") AS (VALUES {bad}),
+                     event AS (SELECT decode(value)::JSON AS e FROM bronze ANTI JOIN bad USING (partition, "offset"))
+                SELECT strftime(date_trunc('minute', (e->>'timestamp')::TIMESTAMP), '%Y-%m-%dT%H:%M'),
+                       e->>'product_id',
+                       count(*) FILTER (e->>'event_type' = 'view'),
+                       count(*) FILTER (e->>'event_type' = 'add_to_cart'),
+                       count(*) FILTER (e->>'event_type' = 'purchase'),
+                       coalesce(sum((e->>'price')::DECIMAL(12, 2)) FILTER (e->>'event_type' = 'purchase'), 0)
+                           ::DECIMAL(22, 2)::VARCHAR,
+                       count(DISTINCT e->>'user_id'),
+                       count(DISTINCT e->>'session_id')
+                FROM event GROUP BY 1, 2
+                """,
+                bronze="bronze/clickstream",
+            )
+        )
+        columns = "product_id, views, carts, purchases, {revenue}, users, sessions"
+        mart = set(
+            self.mart(
+                "SELECT to_char(window_start AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI'), "
+                + columns.format(revenue="revenue::text")
+                + " FROM gold.product_funnel_1m"
+            )
+        )
+        assert mart == recount, (
+            f"the mart differs from a recount: only in the mart {sorted(mart - recount)[:5]}, "
+            f"only in the recount {sorted(recount - mart)[:5]}"
+        )
+        final = set(
+            lake.query(
+                "SELECT strftime(window_start AT TIME ZONE 'UTC', '%Y-%m-%dT%H:%M'), "
+                + columns.format(revenue="revenue::VARCHAR")
+                + " FROM gold",
+                gold="gold/product_funnel_1m",
+            )
+        )
+        assert final <= recount, f"Delta Gold differs from a recount: {sorted(final - recount)[:5]}"
+        declared = set(
+            self.mart(
+                "SELECT to_char(window_start AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI'), product_id "
+                "FROM gold.product_funnel_1m WHERE is_final"
+            )
+        )
+        assert {row[:2] for row in final} == declared, "the mart's final windows are not those of Delta Gold"

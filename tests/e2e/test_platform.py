@@ -1,0 +1,228 @@
+"""From nothing to Gold, and then everything that a platform has to survive. The tests run in this order."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import urllib.request
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from platform_under_test import ADDRESS, TOPIC, Platform, wait_until
+
+GIB = 2**30
+
+
+def event(**changes: Any) -> dict[str, Any]:
+    """A valid event, with changes; a change to None removes the field."""
+    valid = {
+        "event_id": f"evt_{time.time_ns():020d}",
+        "user_id": "user_0042",
+        "product_id": "prod_0042",
+        "event_type": "view",
+        "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "session_id": "session_5678",
+        "product_category": "Electronics",
+        "device_type": "mobile",
+        "page_url": "/product/prod_0042",
+        "price": 299.99,
+    }
+    return {name: value for name, value in (valid | changes).items() if value is not None}
+
+
+def encoded(**changes: Any) -> bytes:
+    """A valid event, with changes, as the producer would send it."""
+    return json.dumps(event(**changes)).encode()
+
+
+def bad_records() -> dict[str, tuple[bytes | None, str]]:
+    """Twenty ways to be wrong: the value, and a code that silver.rejects has to name."""
+    later = (datetime.now(UTC) + timedelta(hours=2)).isoformat(timespec="milliseconds")
+    return {
+        "not JSON": (b"hello, shop", "not_json_object"),
+        "cut short": (encoded()[:-20], "not_json_object"),
+        "truncated UTF-8": (encoded()[:-1] + "é".encode()[:1], "not_utf8"),
+        "a JSON array": (b"[1, 2, 3]", "not_json_object"),
+        "a JSON number": (b"42", "not_json_object"),
+        "two objects": (encoded() + encoded(), "not_json_object"),
+        "empty value": (b"", "empty_value"),
+        "white space": (b" \n\t ", "empty_value"),
+        "tombstone": (None, "tombstone"),
+        "price is a text": (encoded(price="299.99"), "price_not_number"),
+        "price is an object": (encoded(price={"amount": 1}), "price_not_number"),
+        "negative price": (encoded(price=-1), "price_not_positive"),
+        "no keys": (b"{}", "event_id_missing"),
+        "no price": (encoded(price=None), "price_missing"),
+        "unknown event type": (encoded(event_type="teleport"), "event_type_unknown"),
+        "unknown device": (encoded(device_type="fridge"), "device_unknown"),
+        "page of another product": (encoded(page_url="/product/prod_0001"), "page_url_mismatch"),
+        "future timestamp": (encoded(timestamp=later), "timestamp_future"),
+        "ancient timestamp": (encoded(timestamp="1999-12-31T23:59:59.000Z"), "timestamp_ancient"),
+        "900 KB": (b"x" * 900_000, "not_json_object"),
+    }
+
+
+def test_up_ends_with_gold_and_says_where_everything_is(platform: Platform) -> None:
+    said = platform.up_output
+    (rows,) = platform.mart("SELECT count(*) FROM gold.product_funnel_1m")[0]
+    assert rows > 0
+    assert f"http://{ADDRESS}:8087" in said and f"http://{ADDRESS}:8080" in said
+    assert "admin / admin" in said
+    assert "Three things to try next" in said
+    assert "all services are healthy" in said
+
+
+def test_a_second_up_changes_nothing(platform: Platform) -> None:
+    before = platform.main_pids()
+    first = platform.phases["make up"]
+    said = platform.make("up").stdout
+    recaps = re.findall(r"changed=(\d+)", said)
+    assert recaps and set(recaps) == {"0"}
+    assert platform.main_pids() == before
+    print(f"\nfirst {first:.0f} s, second {platform.phases['make up']:.0f} s")
+
+
+def test_the_forwarded_ports_answer(platform: Platform) -> None:
+    with urllib.request.urlopen("http://127.0.0.1:18087/api/v2/monitor/health", timeout=30) as answer:
+        assert json.load(answer)["scheduler"]["status"] == "healthy"
+    with urllib.request.urlopen("http://127.0.0.1:18080/json/", timeout=30) as answer:
+        assert json.load(answer)["status"] == "ALIVE"
+
+
+def test_the_users_verbs(platform: Platform) -> None:
+    assert f"Topic: {TOPIC}" in platform.make("topics").stdout
+    lag = platform.make("lag").stdout
+    assert "ecom-bronze" in lag and "ecom-silver" in lag
+    assert "zookeeper" in platform.make("logs", "SERVICE=zookeeper").stdout
+    assert "prod_0042" in platform.make("gold").stdout
+    wrong = platform.make("logs", "SERVICE=kafak", check=False)
+    assert wrong.returncode != 0 and "SERVICE is one of" in wrong.stdout and "kafka" in wrong.stdout
+    pid = platform.main_pids()["spark-history.service"]
+    platform.make("restart", "SERVICE=spark-history")
+    assert platform.main_pids()["spark-history.service"] != pid
+
+
+def test_three_hundred_events_on_a_quiet_topic(platform: Platform) -> None:
+    platform.quiesce()
+    before = platform.end_offsets()
+    said = platform.make("produce", "ARGS=--rate 50 --duration 6").stdout
+    after = platform.end_offsets()
+    assert sum(after.values()) - sum(before.values()) == 300
+    assert re.search(r"^Sent: \S+ +\| User: user_\d{4} +\| Product: prod_\d{4} +\| Partition: \d \| Offset: \d+$", said, re.M)
+    assert "Producer closed. Total events sent: 300" in said
+    new = platform.records(before)
+    assert len(new) == 300
+    partitions: dict[bytes, set[int]] = {}
+    for (partition, _), record in new.items():
+        body = json.loads(record.value)
+        assert record.key.decode() == body["user_id"]
+        partitions.setdefault(record.key, set()).add(partition)
+    assert all(len(found) == 1 for found in partitions.values()), "one user's events are in two partitions"
+    platform.assert_conserved()
+    platform.resume()
+
+
+def test_bad_input_is_kept_with_its_reasons(platform: Platform) -> None:
+    bad = bad_records()
+    pids = platform.main_pids()
+    sent = platform.send([(name, b"user_0042", value) for name, (value, _) in bad.items()])
+    good = platform.send([("no milliseconds", b"user_0042", encoded(timestamp=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")))])
+    platform.known_bad |= sent
+    platform.assert_conserved()
+    lake = platform.lake()
+    codes = {(p, o): found for p, o, found in lake.query('SELECT partition, "offset", codes FROM t', t="silver/rejects")}
+    wrong = {name: codes[offset] for offset, name in sent.items() if bad[name][1] not in codes[offset]}
+    assert not wrong, f"rejected for another reason than expected: {wrong}"
+    assert set(good) <= set(lake.offsets("silver/events"))
+    assert platform.main_pids()["ecom-streams.service"] == pids["ecom-streams.service"], "a bad record restarted the streams"
+    platform.resume()
+
+
+def test_a_dag_runs_green_on_the_cluster(platform: Platform) -> None:
+    base = f"http://{ADDRESS}:8087"
+
+    def call(path: str, body: dict[str, Any] | None = None, token: str = "") -> dict[str, Any]:
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        request = urllib.request.Request(base + path, json.dumps(body).encode() if body is not None else None, headers)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return dict(json.load(answer))
+
+    token = call("/auth/token", {"username": "admin", "password": "admin"})["access_token"]
+    files_before = int(platform.run("sudo find /var/lib/lake/bronze -name '*.parquet' | wc -l"))
+    run = call("/api/v2/dags/lake_compaction/dagRuns", {"logical_date": None}, token)
+
+    def finished() -> dict[str, Any] | None:
+        state = call(f"/api/v2/dags/lake_compaction/dagRuns/{run['dag_run_id']}", token=token)
+        return state if state["state"] in ("success", "failed") else None
+
+    state = wait_until(finished, 420, "the DAG run ends")
+    tasks = call(f"/api/v2/dags/lake_compaction/dagRuns/{run['dag_run_id']}/taskInstances", token=token)
+    assert state["state"] == "success", f"{tasks}\n{platform.run('sudo nodectl logs airflow-scheduler -n 80', check=False)}"
+    lake = platform.lake()
+    live = lake.file_count("bronze/clickstream")
+    assert live < files_before, f"compaction left {live} of {files_before} files"
+    with urllib.request.urlopen(f"http://{ADDRESS}:18080/api/v1/applications", timeout=30) as answer:
+        assert "lake_compaction" in {application["name"] for application in json.load(answer)}
+
+
+SERVICES = (
+    "zookeeper",
+    "kafka",
+    "postgresql",
+    "spark-master",
+    "spark-worker",
+    "spark-history",
+    "airflow-api-server",
+    "airflow-scheduler",
+    "airflow-dag-processor",
+    "airflow-triggerer",
+    "ecom-producer",
+    "ecom-streams",
+)
+
+
+def test_every_service_is_covered_by_the_kills(platform: Platform) -> None:
+    assert {service["name"] for service in platform.services()} == set(SERVICES)
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_killed_service_comes_back(platform: Platform, service: str) -> None:
+    unit = next(entry["unit"] for entry in platform.services() if entry["name"] == service)
+    pid = platform.main_pids()[unit]
+    assert pid > 0
+    platform.run(f"sudo kill -KILL {pid}")
+    wait_until(lambda: platform.main_pids()[unit] not in (0, pid), 60, f"systemd starts {service} again")
+    platform.healthy()
+
+
+def test_nothing_was_lost_by_the_kills(platform: Platform) -> None:
+    platform.assert_conserved()
+    platform.resume()
+
+
+def test_a_reload_brings_everything_back_alone(platform: Platform) -> None:
+    before = sum(platform.end_offsets().values())
+    platform.vagrant("reload", "--no-provision")
+    platform.healthy(timeout=420)
+    wait_until(lambda: sum(platform.end_offsets().values()) > before, 60, "the shop produces again")
+    platform.assert_conserved()
+    platform.resume()
+
+
+def test_memory_and_processor(platform: Platform) -> None:
+    platform.healthy()
+    said = platform.make("status").stdout
+    report = platform.status()
+    print(said)
+    assert report["memory_bytes"] <= 5 * GIB, f"{report['memory_bytes'] / GIB:.2f} GiB resident"
+
+
+def test_a_stopped_service_makes_status_fail(platform: Platform) -> None:
+    platform.run("sudo systemctl stop spark-history")
+    said = platform.make("status", check=False)
+    assert said.returncode != 0
+    assert "UNHEALTHY" in said.stdout and "make logs SERVICE=spark-history" in said.stdout
+    platform.make("up")
+    assert platform.make("status").returncode == 0
