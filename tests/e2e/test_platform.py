@@ -59,7 +59,7 @@ def bad_records() -> dict[str, tuple[bytes | None, str]]:
         "unknown device": (encoded(device_type="fridge"), "device_unknown"),
         "page of another product": (encoded(page_url="/product/prod_0001"), "page_url_mismatch"),
         "future timestamp": (encoded(timestamp=later), "timestamp_future"),
-        "ancient timestamp": (encoded(timestamp="1999-12-31T23:59:59.000Z"), "timestamp_ancient"),
+        "ancient timestamp": (encoded(timestamp="1999-12-31T23:59:59.000Z"), "timestamp_too_old"),
         "900 KB": (b"x" * 900_000, "not_json_object"),
     }
 

@@ -63,6 +63,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Joins small files of every table and removes files past the tables' retention.",
     )
     job.add_argument("--json", action="store_true", help="print the result as JSON")
+    show = commands.add_parser(
+        "show",
+        parents=[common],
+        help="show the newest windows of the product funnel",
+        description="Prints rows of the mart gold.product_funnel_1m, newest window first.",
+    )
+    show.add_argument("--limit", type=int, default=20, help="rows to print (default: %(default)s)")
+    show.add_argument("--count", action="store_true", help="print only how many rows there are")
     return parser
 
 
@@ -78,6 +86,32 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
         print("  ".join([f"{first[0]:<{first[1]}}", *(f"{text:>{width}}" for text, width in rest)]))
 
 
+def _show(settings: Settings, limit: int, count_only: bool) -> int:
+    import psycopg
+
+    from clickstream.gold import FUNNEL_1M_MART as mart
+
+    table = f"{mart.schema}.{mart.name}"
+    query = f"SELECT * FROM {table} ORDER BY window_start DESC, views DESC, product_id LIMIT {limit}"
+    try:
+        with psycopg.connect(settings.marts_dsn) as connection:
+            connection.execute("SET TIME ZONE 'UTC'")
+            found = connection.execute("SELECT to_regclass(%s)", [table]).fetchone()
+            if found is None or found[0] is None:
+                print(0 if count_only else f"{table} does not exist yet; the gold stream makes it when it starts")
+                return 0
+            if count_only:
+                print(*(connection.execute(f"SELECT count(*) FROM {table}").fetchone() or (0,)))
+                return 0
+            cursor = connection.execute(query)
+            names = [column.name for column in cursor.description or ()]
+            _print_table([dict(zip(names, row, strict=True)) for row in cursor])
+    except psycopg.OperationalError as error:
+        print(f"clickstream: the marts cannot be read with {settings.marts_dsn!r}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -89,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SettingsError as error:
         print(f"clickstream: {error}", file=sys.stderr)
         return 2
+    if args.command == "show":
+        return _show(settings, args.limit, args.count)
     # Spark is imported after the settings are known to be good, so that a wrong one is told at once.
     if args.command == "stream":
         from clickstream import streams
