@@ -67,7 +67,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         mine = task_vars["hostvars"][task_vars["inventory_hostname"]]
         findings = []
         for name in sorted(mine):
-            if name.startswith("ansible_") or name in MAGIC or name.startswith("molecule_"):
+            if name.startswith(("ansible_", "molecule_")) or name in MAGIC:
                 continue
             if name not in options:
                 close = difflib.get_close_matches(name, options, n=1)

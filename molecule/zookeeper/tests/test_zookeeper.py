@@ -40,7 +40,9 @@ def test_a_znode_outlives_the_process(
         host.check_output("nodectl restart zookeeper")
     else:
         host.check_output("kill -KILL %s", before)
-        wait_until(lambda: host.check_output("systemctl show --property MainPID --value zookeeper") not in ("0", before))
+        wait_until(
+            lambda: host.check_output("systemctl show --property MainPID --value zookeeper") not in ("0", before)
+        )
         host.check_output("nodectl wait zookeeper")
     assert host.check_output("systemctl show --property MainPID --value zookeeper") != before
     assert "kept" in ask(host, address, f"get {znode}")
@@ -48,10 +50,11 @@ def test_a_znode_outlives_the_process(
 
 def test_it_serves_its_guest_alone_and_says_so(host: Host, address: str) -> None:
     script = (
-        "import socket; s = socket.create_connection((%r, 2181), 5); s.sendall(b'mntr'); "
-        "print(b''.join(iter(lambda: s.recv(65536), b'')).decode())" % address
+        f"import socket; s = socket.create_connection(({address!r}, 2181), 5); s.sendall(b'mntr'); "
+        "print(b''.join(iter(lambda: s.recv(65536), b'')).decode())"
     )
-    values = dict(line.split("\t", 1) for line in host.check_output("python3 -c %s", script).splitlines() if "\t" in line)
+    answer = host.check_output("python3 -c %s", script)
+    values = dict(line.split("\t", 1) for line in answer.splitlines() if "\t" in line)
     assert values["zk_server_state"] == "standalone"
     assert int(values["zk_znode_count"]) > 0
 

@@ -26,7 +26,8 @@ def schema_version() -> str | None:
     """Alembic's version of the database, None where there is no schema yet."""
     try:
         with ENGINE.connect() as connection:
-            return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+            version: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+            return version
     except ProgrammingError:
         return None
 
