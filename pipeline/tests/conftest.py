@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 import pytest
 
 os.environ["TZ"] = "UTC"
@@ -139,15 +140,13 @@ def topic(spark: SparkSession) -> Topic:
 
 def _postgres_binaries() -> Path:
     candidates = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: int(p.parent.name), reverse=True)
-    on_path = shutil.which("initdb")
+    on_path = shutil.which("pg_ctl")
     if on_path:
-        candidates.insert(0, Path(on_path).parent)
+        candidates.append(Path(on_path).parent)
     for directory in candidates:
-        if (directory / "initdb").exists():
+        if (directory / "initdb").exists() and (directory / "pg_ctl").exists():
             return directory
-    pytest.fail(
-        "PostgreSQL's server is not installed; `make prepare` installs it (Debian: apt-get install postgresql)"
-    )
+    pytest.fail("PostgreSQL's server is not installed; `make prepare` installs it (Debian: apt-get install postgresql)")
 
 
 @pytest.fixture(scope="session")
@@ -164,9 +163,7 @@ def postgres() -> Iterator[str]:
     data = base / "data"
 
     def run(*command: str | Path) -> None:
-        done = subprocess.run(
-            [*as_user, *map(str, command)], capture_output=True, text=True, cwd=base, check=False
-        )
+        done = subprocess.run([*as_user, *map(str, command)], capture_output=True, text=True, cwd=base, check=False)
         if done.returncode:
             pytest.fail(f"{' '.join(map(str, command))}: {done.stdout}{done.stderr}")
 
@@ -174,7 +171,8 @@ def postgres() -> Iterator[str]:
     options = f"-k {base} -c listen_addresses= -c fsync=off"
     run(binaries / "pg_ctl", "-D", data, "-l", base / "log", "-o", options, "-w", "start")
     try:
-        run(binaries / "createdb", "-h", base, "-U", "clickstream", "analytics")
+        with psycopg.connect(f"host={base} user=clickstream dbname=postgres", autocommit=True) as connection:
+            connection.execute("CREATE DATABASE analytics")
         yield f"host={base} user=clickstream dbname=analytics"
     finally:
         run(binaries / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop")

@@ -89,9 +89,7 @@ def test_an_event_has_the_ten_fields_of_the_contract() -> None:
 
 
 def test_a_product_keeps_its_category_and_price_in_every_run() -> None:
-    seen = {
-        (e["product_id"], e["product_category"], e["price"]) for s in (None, 1, 2) for e in take(5_000, seed=s)
-    }
+    seen = {(e["product_id"], e["product_category"], e["price"]) for s in (None, 1, 2) for e in take(5_000, seed=s)}
     assert len(seen) == 100
 
 

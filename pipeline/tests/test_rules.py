@@ -144,9 +144,7 @@ def check(
     ours: datetime = NOW,
 ) -> list[list[str]]:
     rows = [(number, value, kafka, ours) for number, value in enumerate(values)]
-    frame = spark.createDataFrame(
-        rows, "offset BIGINT, value BINARY, kafka_timestamp TIMESTAMP, received_at TIMESTAMP"
-    )
+    frame = spark.createDataFrame(rows, "offset BIGINT, value BINARY, kafka_timestamp TIMESTAMP, received_at TIMESTAMP")
     return [row["codes"] for row in rules.check(frame, settings).orderBy("offset").select("codes").collect()]
 
 

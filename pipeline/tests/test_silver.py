@@ -32,9 +32,7 @@ class Silver:
     def run(self) -> StreamingQuery:
         """Processes what is there, as a service that starts, catches up and stops."""
         records = self.spark.readStream.format("delta").option("maxFilesPerTrigger", 1).load(self.source)
-        query = (
-            silver.query(records, self.settings, silver.writer(self.settings)).trigger(availableNow=True).start()
-        )
+        query = silver.query(records, self.settings, silver.writer(self.settings)).trigger(availableNow=True).start()
         query.awaitTermination()
         return query
 

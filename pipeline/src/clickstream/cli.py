@@ -89,8 +89,9 @@ def _print_table(rows: Sequence[dict[str, Any]]) -> None:
 def _show(settings: Settings, limit: int, count_only: bool) -> int:
     import psycopg
 
-    from clickstream.gold import FUNNEL_1M_MART as mart
+    from clickstream import gold
 
+    mart = gold.FUNNEL_1M_MART
     table = f"{mart.schema}.{mart.name}"
     query = f"SELECT * FROM {table} ORDER BY window_start DESC, views DESC, product_id LIMIT {limit}"
     try:

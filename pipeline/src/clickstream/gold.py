@@ -226,9 +226,7 @@ class GoldWriter:
         dates = ", ".join(sorted({f"DATE '{w:%Y-%m-%d}'" for w in windows}))
         where = f"event_date IN ({dates}) AND window_start IN ({listed})"
         path = self._settings.table(FUNNEL_1M.name)
-        retry_conflicts(
-            lambda: df.write.format("delta").mode("overwrite").option("replaceWhere", where).save(path)
-        )
+        retry_conflicts(lambda: df.write.format("delta").mode("overwrite").option("replaceWhere", where).save(path))
 
 
 def prepare(spark: SparkSession, settings: Settings) -> MartWriter | None:

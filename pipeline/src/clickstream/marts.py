@@ -46,9 +46,7 @@ class MartWriter:
 
     def _connect(self) -> psycopg.Connection[Any]:
         if self._connection is None or self._connection.closed:
-            self._connection = psycopg.connect(
-                self._dsn, application_name=self._application_name, connect_timeout=10
-            )
+            self._connection = psycopg.connect(self._dsn, application_name=self._application_name, connect_timeout=10)
         return self._connection
 
     def close(self) -> None:
@@ -107,16 +105,14 @@ class MartWriter:
             ),
             "old": sql.SQL(", ").join(sql.SQL("old.{}").format(sql.Identifier(c)) for c in mart.columns),
             "new": sql.SQL(", ").join(sql.SQL("excluded.{}").format(sql.Identifier(c)) for c in mart.columns),
-            "same": sql.SQL(" AND ").join(
-                sql.SQL("new.{0} = old.{0}").format(sql.Identifier(c)) for c in mart.key
-            ),
+            "same": sql.SQL(" AND ").join(sql.SQL("new.{0} = old.{0}").format(sql.Identifier(c)) for c in mart.key),
         }
 
         def work(connection: psycopg.Connection[Any]) -> None:
             connection.execute(
-                sql.SQL(
-                    "CREATE TEMP TABLE incoming ON COMMIT DROP AS SELECT {columns} FROM {table} LIMIT 0"
-                ).format(**names)
+                sql.SQL("CREATE TEMP TABLE incoming ON COMMIT DROP AS SELECT {columns} FROM {table} LIMIT 0").format(
+                    **names
+                )
             )
             with (
                 connection.cursor() as cursor,

@@ -290,9 +290,7 @@ def run(options: Options, stop: threading.Event) -> int:
     print("\nStarting event production...", flush=True)
     print("=" * 60, flush=True)
 
-    events = iter(
-        Shop(users=options.users, products=options.products, seed=options.seed, first_id=options.first_id)
-    )
+    events = iter(Shop(users=options.users, products=options.products, seed=options.seed, first_id=options.first_id))
     pacer = Pacer(options.rate)
     next_status = 0.0
     complete = True

@@ -148,9 +148,7 @@ def writer(settings: Settings) -> Callable[[DataFrame, int], None]:
             ):
                 if count:
                     files = -(-count // settings.rows_per_file)
-                    append_once(
-                        rows.coalesce(files), settings.table(table.name), f"{app_id}/{table.name}", batch_id
-                    )
+                    append_once(rows.coalesce(files), settings.table(table.name), f"{app_id}/{table.name}", batch_id)
         finally:
             batch.unpersist()
 

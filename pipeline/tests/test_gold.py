@@ -1,0 +1,297 @@
+"""Gold: the figures, when a window is final, and that no crash, replay or correction leaves them wrong."""
+
+from __future__ import annotations
+
+import csv
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+from conftest import CASES, NOW, Topic, event
+from pyspark.sql import functions as F  # noqa: N812
+
+from clickstream import bronze, compact, gold, silver
+from clickstream.marts import MartWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pyspark.sql import DataFrame, SparkSession
+
+    from clickstream.settings import Settings
+
+
+def iso(column: str) -> Any:
+    return F.date_format(column, "yyyy-MM-dd'T'HH:mm:ss.SSS'Z'").alias(column)
+
+
+def test_golden_funnel(spark: SparkSession) -> None:
+    """Events and the funnel they make, side by side in tests/cases/gold."""
+    events = (
+        spark.read.csv(str(CASES / "gold" / "funnel.events.csv"), header=True)
+        .withColumn("event_time", F.to_timestamp("event_time"))
+        .withColumn("price", F.col("price").cast("decimal(12,2)"))
+    )
+    funnel = gold.product_funnel(events)
+    with (CASES / "gold" / "funnel.expected.csv").open() as lines:
+        expected = list(csv.DictReader(lines))
+    rows = funnel.select(
+        iso("window_start"),
+        *[F.col(c).cast("string") for c in expected[0] if c not in ("window_start", "last_event_at")],
+        iso("last_event_at"),
+    ).orderBy("window_start", "product_id")
+    assert [row.asDict() for row in rows.collect()] == expected
+    assert funnel.where("window_end != window_start + INTERVAL 1 MINUTE").count() == 0
+
+
+@pytest.fixture
+def dsn(postgres: str) -> Iterator[str]:
+    yield postgres
+    with psycopg.connect(postgres) as connection:
+        connection.execute("DROP SCHEMA IF EXISTS gold CASCADE")
+
+
+class Gold:
+    """The real query over a real silver.events, with a real PostgreSQL behind it."""
+
+    def __init__(self, spark: SparkSession, settings: Settings, dsn: str) -> None:
+        from dataclasses import replace
+
+        self.spark, self.settings, self.dsn = spark, replace(settings, marts_dsn=dsn), dsn
+        self.topic = Topic(spark)
+        self.prepare()
+
+    def prepare(self) -> None:
+        marts = gold.prepare(self.spark, self.settings)
+        assert marts is not None
+        self.marts = marts
+
+    def append(self, *events: dict[str, Any]) -> None:
+        """One commit to silver.events, by Silver's own functions."""
+        records = silver.received(self.topic.records(list(events), at=NOW + timedelta(days=1)))
+        rows = silver.events(silver.judge(records, self.settings)).coalesce(1)
+        rows.write.format("delta").mode("append").save(self.settings.table("silver.events"))
+
+    def run(self, writer: gold.GoldWriter | None = None) -> gold.GoldWriter:
+        """A service that starts, handles what is there and stops; each start has a writer without memory."""
+        writer = writer or gold.GoldWriter(self.spark, self.settings, self.marts)
+        query = gold.build(self.spark, self.settings, writer).trigger(availableNow=True).start()
+        query.awaitTermination()
+        return writer
+
+    def mart(self) -> list[tuple[Any, ...]]:
+        with psycopg.connect(self.dsn) as connection:
+            return connection.execute(
+                "SELECT window_start, product_id, views, carts, purchases, revenue, users, sessions, is_final "
+                "FROM gold.product_funnel_1m ORDER BY 1, 2"
+            ).fetchall()
+
+    def flags(self) -> dict[str, bool]:
+        return {f"{row[0].astimezone(UTC):%H:%M}": row[-1] for row in self.mart()}
+
+    def final(self) -> list[tuple[Any, ...]]:
+        rows = gold.FUNNEL_1M.read(self.spark, self.settings).orderBy("window_start", "product_id").collect()
+        return [
+            (
+                row["window_start"].replace(tzinfo=UTC),
+                *(row[c] for c in ("product_id", "views", "carts", "purchases", "revenue", "users", "sessions")),
+                True,
+            )
+            for row in rows
+        ]
+
+    def truth(self) -> list[tuple[Any, ...]]:
+        """A plain recount of silver.events, without Spark's aggregation."""
+        groups: dict[tuple[datetime, str], list[Any]] = {}
+        for e in silver.EVENTS.read(self.spark, self.settings).collect():
+            minute = e["event_time"].replace(second=0, microsecond=0, tzinfo=UTC)
+            groups.setdefault((minute, e["product_id"]), []).append(e)
+        kinds = ("view", "add_to_cart", "purchase")
+        return sorted(
+            (
+                *key,
+                *(sum(e["event_type"] == kind for e in es) for kind in kinds),
+                sum(e["price"] for e in es if e["event_type"] == "purchase"),
+                len({e["user_id"] for e in es}),
+                len({e["session_id"] for e in es}),
+            )
+            for key, es in groups.items()
+        )
+
+    def check(self) -> None:
+        """The mart equals the recount, and Delta holds exactly what the mart calls final."""
+        assert [row[:-1] for row in self.mart()] == self.truth()
+        assert [row for row in self.mart() if row[-1]] == self.final()
+
+    def forget_last_commit(self) -> None:
+        commits = Path(self.settings.checkpoint("gold").removeprefix("file://")) / "commits"
+        last = max(int(path.name) for path in commits.iterdir() if path.name.isdigit())
+        (commits / str(last)).unlink()
+
+
+@pytest.fixture
+def shop(spark: SparkSession, settings: Settings, dsn: str) -> Gold:
+    return Gold(spark, settings, dsn)
+
+
+def at(number: int, clock: str, **changes: Any) -> dict[str, Any]:
+    return event(number, timestamp=f"2025-11-29T{clock}Z", **changes)
+
+
+def test_live_then_final(shop: Gold) -> None:
+    shop.append(at(1, "12:00:10"), at(2, "12:00:59.999", event_type="purchase"), at(3, "12:01:00"))
+    shop.run()
+    shop.check()
+    assert shop.flags() == {"12:00": False, "12:01": False}
+    # one millisecond before the watermark passes the end of the first window
+    shop.append(at(4, "12:10:59.999"))
+    shop.run()
+    shop.check()
+    assert shop.flags() == {"12:00": False, "12:01": False, "12:10": False}
+    shop.append(at(5, "12:11:00"))
+    shop.run()
+    shop.check()
+    assert shop.flags() == {"12:00": True, "12:01": False, "12:10": False, "12:11": False}
+
+
+def test_one_running_writer_over_many_batches(shop: Gold) -> None:
+    writer = None
+    for minute in range(0, 30, 3):
+        shop.append(*(at(minute * 10 + n, f"12:{minute + n:02d}:30", user_id=f"user_000{n}") for n in range(3)))
+        writer = shop.run(writer)
+        shop.check()
+    assert sum(shop.flags().values()) == 19  # 12:00 to 12:18; the newest event is 12:29:30
+
+
+def test_a_late_correction_reaches_a_final_window_in_both(shop: Gold) -> None:
+    shop.append(at(1, "12:00:10"), at(2, "12:30:00"))
+    shop.run()
+    assert shop.flags()["12:00"]
+    shop.append(at(3, "12:00:20", event_type="purchase", user_id="user_0002"))
+    shop.run()
+    shop.check()
+    assert shop.mart()[0][2:] == (1, 0, 1, pytest.approx(19.99), 2, 1, True)
+
+
+def test_a_replayed_batch_changes_nothing(shop: Gold) -> None:
+    shop.append(at(1, "12:00:10"), at(2, "12:00:20"))
+    shop.append(at(3, "12:30:00"))
+    shop.run()
+    before = shop.mart(), shop.final()
+    shop.forget_last_commit()
+    shop.run()
+    assert (shop.mart(), shop.final()) == before
+
+
+def test_a_crash_between_delta_and_the_mart_is_made_good(shop: Gold, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop.append(at(1, "12:00:10"))
+    shop.run()
+    shop.append(at(2, "12:30:00"))
+
+    def crash(*_: Any) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MartWriter, "replace_windows", crash)
+        with pytest.raises(Exception, match="killed"):
+            shop.run()
+    assert len(shop.final()) == 1
+    assert shop.flags() == {"12:00": False}
+    shop.run()
+    shop.check()
+
+
+def test_a_crash_before_any_write_is_made_good_without_the_batch(shop: Gold) -> None:
+    """The window became due in a batch that touched other windows: nothing in the checkpoint names it."""
+    shop.append(at(1, "12:00:10"))
+    shop.run()
+    shop.append(at(2, "12:30:00"))
+    shop.run()
+    # as if the machine had died right after the commit of the checkpoint, with the mart's write lost
+    with psycopg.connect(shop.dsn) as connection:
+        connection.execute("UPDATE gold.product_funnel_1m SET is_final = false")
+    gold.FUNNEL_1M.read(shop.spark, shop.settings)
+    shop.append(at(3, "12:30:30"))
+    shop.run()
+    shop.check()
+
+
+def test_an_emptied_mart_is_filled_again(shop: Gold) -> None:
+    shop.append(at(1, "12:00:10"), at(2, "12:30:00"))
+    shop.run()
+    with psycopg.connect(shop.dsn) as connection:
+        connection.execute("DROP SCHEMA gold CASCADE")
+    shop.prepare()
+    shop.append(at(3, "12:30:30"))
+    shop.run()
+    shop.check()
+
+
+def test_any_split_into_batches_gives_the_same(spark: SparkSession, tmp_path: Path, dsn: str) -> None:
+    from clickstream.settings import Settings
+
+    events = [
+        at(n, f"12:{n % 40:02d}:{n % 60:02d}", user_id=f"user_{n % 7:04d}", product_id=f"prod_{n % 3 + 1:04d}")
+        for n in range(120)
+    ]
+    events.sort(key=lambda e: str(e["timestamp"]))
+    results = []
+    for size in (120, 30):
+        shop = Gold(spark, Settings(lake_uri=f"file://{tmp_path}/{size}"), dsn)
+        for start in range(0, len(events), size):
+            shop.append(*events[start : start + size])
+            shop.run()
+        shop.check()
+        results.append((shop.mart(), shop.final()))
+        with psycopg.connect(dsn) as connection:
+            connection.execute("DROP SCHEMA gold CASCADE")
+    assert results[0] == results[1]
+
+
+def test_more_windows_than_fit_in_one_step(shop: Gold, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gold, "CHUNK", 7)
+    shop.append(*(at(n, f"12:{n:02d}:00") for n in range(45)))
+    shop.run()
+    shop.check()
+
+
+def test_compaction_beside_the_stream_changes_no_figure(shop: Gold) -> None:
+    bronze.CLICKSTREAM.ensure(shop.spark, shop.settings)
+    writer = None
+    for minute in range(0, 24, 4):
+        shop.append(at(minute, f"12:{minute:02d}:30"))
+        writer = shop.run(writer)
+        if minute == 12:
+            results = {r.table: r for r in compact.compact(shop.spark, shop.settings)}
+            assert results["silver.events"].files_before == 4
+            assert results["silver.events"].files_after == 1
+            assert set(results) == {
+                "bronze.clickstream",
+                "silver.events",
+                "silver.rejects",
+                "gold.product_funnel_1m",
+            }
+    shop.check()
+
+
+def test_without_a_mart_delta_is_still_written(spark: SparkSession, settings: Settings) -> None:
+    assert gold.prepare(spark, settings) is None
+    writer = gold.GoldWriter(spark, settings, None)
+    records = silver.received(Topic(spark).records([at(1, "12:00:00"), at(2, "12:30:00")], at=NOW + timedelta(days=1)))
+    rows = silver.events(silver.judge(records, settings))
+    rows.write.format("delta").mode("append").save(settings.table("silver.events"))
+    gold.build(spark, settings, writer).trigger(availableNow=True).start().awaitTermination()
+    assert gold.FUNNEL_1M.read(spark, settings).count() == 1
+    assert writer.newest == datetime(2025, 11, 29, 12, 30, tzinfo=UTC)
+
+
+def test_only_touched_windows_are_read(shop: Gold) -> None:
+    """The filter names dates and bounds, so that files of other times are not opened."""
+    shop.append(at(1, "12:00:00"))
+    shop.append(at(2, "13:00:00"))
+    events: DataFrame = silver.EVENTS.read(shop.spark, shop.settings)
+    window = datetime(2025, 11, 29, 13, 0, tzinfo=UTC)
+    assert len(gold.in_windows(events, [window]).inputFiles()) <= 2
+    assert [row["event_id"] for row in gold.in_windows(events, [window]).collect()] == ["evt_00000002"]
