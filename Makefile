@@ -76,11 +76,11 @@ test: ## Everything: lint, unit, one scenario a role, end to end; prints the tim
 	@ansible/scripts/test-all
 
 .PHONY: lint
-lint: $(VENV) ## Python, YAML, Ansible and the repository's own rules
-	@ansible/scripts/prepare-host guests
+lint: $(VENV) ## Python, shell, YAML, Ansible and the repository's own rules
 	ruff check .
 	ruff format --check .
 	mypy
+	shellcheck $$(grep -lrE '^#!(/bin/sh|/usr/bin/env bash)' .ci ansible/scripts)
 	yamllint --strict .
 	ansible-lint --offline
 	pytest -q tests/repo
