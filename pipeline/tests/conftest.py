@@ -64,6 +64,8 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
         f"spark.driver.extraClassPath {':'.join(map(str, [classes, *_jars()]))}\n"
         f"spark.local.dir {tmp_path_factory.mktemp('spark-local')}\n"
         f"spark.sql.warehouse.dir {tmp_path_factory.mktemp('warehouse')}\n"
+        "spark.hadoop.fs.AbstractFileSystem.file.impl clickstream.LakeFs\n"
+        "spark.hadoop.fs.file.impl clickstream.LakeFs$Local\n"
         "spark.ui.enabled false\n"
         "spark.driver.host 127.0.0.1\n"
         "spark.driver.bindAddress 127.0.0.1\n"

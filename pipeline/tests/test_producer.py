@@ -167,3 +167,11 @@ def test_after_a_stall_at_most_a_second_is_made_up() -> None:
 def test_utc_is_what_the_clock_says() -> None:
     (event,) = take(1, seed=1)
     assert abs((datetime.now(UTC) - datetime.fromisoformat(event["timestamp"])).total_seconds()) < 5
+
+
+def test_the_environment_names_the_broker_and_a_flag_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLICKSTREAM_BOOTSTRAP_SERVERS", "a:9092,b:9092")
+    monkeypatch.setenv("CLICKSTREAM_TOPIC", "other")
+    options = parse_args([])
+    assert (options.bootstrap_servers, options.topic) == (["a:9092", "b:9092"], "other")
+    assert parse_args(["--bootstrap-servers", "c:1"]).bootstrap_servers == ["c:1"]

@@ -9,6 +9,7 @@ import argparse
 import itertools
 import logging
 import math
+import os
 import random
 import signal
 import sys
@@ -341,8 +342,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
         description="Simulates a shop: sends view, add_to_cart and purchase events to Kafka at an even rate.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--bootstrap-servers", default="localhost:9092", help="host:port, comma-separated")
-    parser.add_argument("--topic", default="ecom_clickstream_raw", help="an existing topic")
+    # The service's environment names them, as it does for the streams.
+    servers = os.environ.get("CLICKSTREAM_BOOTSTRAP_SERVERS", "localhost:9092")
+    topic = os.environ.get("CLICKSTREAM_TOPIC", "ecom_clickstream_raw")
+    parser.add_argument("--bootstrap-servers", default=servers, help="host:port, comma-separated")
+    parser.add_argument("--topic", default=topic, help="an existing topic")
     parser.add_argument("--rate", type=_positive(float), default=5.0, help="events a second")
     parser.add_argument("--duration", type=_duration, default=60.0, help="seconds; 0 runs until stopped")
     parser.add_argument("--users", type=_positive(int), default=500)

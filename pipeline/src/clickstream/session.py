@@ -18,10 +18,7 @@ COMMON = {
     "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
     "spark.sql.session.timeZone": "UTC",
     "spark.sql.ansi.enabled": "true",
-    # Of two processes that commit to a table on a local disk, one must lose: see java/clickstream/LakeFs.java.
-    "spark.hadoop.fs.AbstractFileSystem.file.impl": "clickstream.LakeFs",
-    "spark.hadoop.fs.file.impl": "clickstream.LakeFs$Local",
-    # There, too, the driver and the executors are different users of one group.
+    # On a local disk the driver and the executors are different users of one group.
     "spark.hadoop.fs.permissions.umask-mode": "007",
     # A small table's state fits in few tasks; the default of 50 costs more than the work.
     "spark.databricks.delta.snapshotPartitions": "2",
