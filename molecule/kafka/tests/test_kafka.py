@@ -81,8 +81,3 @@ def test_a_misspelt_topic_is_not_made(host: Host, server: str) -> None:
 def test_the_broker_is_registered_in_zookeeper(host: Host, address: str) -> None:
     said = host.check_output(f"zookeeper-shell {address}:2181 get /brokers/ids/1")
     assert f"CLIENT://{address}:9092" in said
-
-
-def test_configs_are_told(host: Host, server: str) -> None:
-    said = host.check_output(f"kafka-configs {server} --describe --entity-type topics --entity-name {TOPIC}")
-    assert "retention.ms=604800000" in said

@@ -1,0 +1,59 @@
+"""PostgreSQL keeps rows, and lets in whom it should and nobody else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from testinfra.backend.base import CommandResult
+from testinfra.host import Host
+
+SECRETS = Path(__file__).parents[1] / "inventory/secrets"
+
+
+def psql(host: Host, address: str, user: str, statement: str, database: str = "", password: str = "") -> CommandResult:
+    """Run a statement over TCP, as a service would, with the password that the deployment made."""
+    password = password or (SECRETS / f"postgres_{user}").read_text().strip()
+    command = "PGPASSWORD=%s psql -X -v ON_ERROR_STOP=1 -At -h %s -U %s -d %s -c %s"
+    return host.run(command, password, address, user, database or user, statement)
+
+
+@pytest.mark.parametrize("user", ["airflow", "analytics"])
+def test_a_row_is_committed_and_outlives_a_restart(host: Host, address: str, user: str) -> None:
+    made = psql(host, address, user, "CREATE TABLE IF NOT EXISTS molecule AS SELECT 42 AS answer")
+    assert made.rc == 0, made.stderr
+    host.check_output("nodectl restart postgresql")
+    assert psql(host, address, user, "SELECT answer FROM molecule").stdout.strip() == "42"
+    assert psql(host, address, user, "DROP TABLE molecule").rc == 0
+
+
+@pytest.mark.parametrize("user", ["airflow", "analytics"])
+def test_a_wrong_password_is_refused(host: Host, address: str, user: str) -> None:
+    refused = psql(host, address, user, "SELECT 1", password="wrong")
+    assert refused.rc == 2
+    assert "password authentication failed" in refused.stderr
+
+
+def test_a_user_cannot_enter_the_others_database(host: Host, address: str) -> None:
+    refused = psql(host, address, "analytics", "SELECT 1", database="airflow")
+    assert refused.rc == 2
+    assert "permission denied for database" in refused.stderr
+
+
+def test_the_superuser_is_not_reachable_by_network(host: Host, address: str) -> None:
+    refused = psql(host, address, "postgres", "SELECT 1", password="postgres")
+    assert refused.rc == 2
+
+
+def test_passwords_are_kept_as_scram_and_users_own_no_more_than_their_database(host: Host) -> None:
+    statement = (
+        "SELECT rolname, left(rolpassword, 13), rolsuper OR rolcreatedb OR rolcreaterole "
+        "FROM pg_authid WHERE rolcanlogin AND rolname <> 'postgres' ORDER BY 1"
+    )
+    rows = host.check_output("cd / && runuser -u postgres -- psql -X -At -c %s", statement).splitlines()
+    assert rows == ["airflow|SCRAM-SHA-256|f", "analytics|SCRAM-SHA-256|f"]
+    owners = host.check_output(
+        "cd / && runuser -u postgres -- psql -X -At -c %s",
+        "SELECT datname, pg_get_userbyid(datdba) FROM pg_database WHERE datname IN ('airflow', 'analytics') ORDER BY 1",
+    )
+    assert owners.splitlines() == ["airflow|airflow", "analytics|analytics"]

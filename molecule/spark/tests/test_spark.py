@@ -1,0 +1,74 @@
+"""Spark: jobs run on the worker, Delta tables are written, finished jobs are on record."""
+
+from __future__ import annotations
+
+import json
+import socket
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from testinfra.host import Host
+
+NAME = "molecule-delta"
+# Also proves that executors have Delta's jars: the rows are written and counted by them.
+JOB = r"""
+import os
+from pyspark.sql import SparkSession
+
+path = "file:///var/lib/spark/molecule"
+with SparkSession.builder.appName("@name@").getOrCreate() as spark:
+    spark.range(1000).selectExpr("id", "id % 7 AS kind").write.format("delta").mode("overwrite").save(path)
+    rows = spark.read.format("delta").load(path)
+    ran_on = spark.range(4).rdd.map(lambda _: (os.uname().nodename, os.getppid() != @pid@)).collect()
+    print("RESULT", rows.count(), rows.groupBy("kind").count().count(), spark.sparkContext.master, set(ran_on))
+"""
+
+
+def get(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return json.load(answer)
+
+
+@pytest.fixture(scope="module")
+def result(host: Host) -> list[str]:
+    """What the job says of itself; it runs once for all tests."""
+    job = JOB.replace("@name@", NAME).replace("@pid@", "os.getpid()")
+    host.check_output("printf %%s %s >/tmp/molecule_job.py && chmod 0644 /tmp/molecule_job.py", job)
+    options = "--conf spark.cores.max=1 --conf spark.executor.memory=512m --conf spark.ui.enabled=false"
+    said = host.check_output(f"cd /tmp && runuser -u spark -- spark-submit {options} /tmp/molecule_job.py")
+    (line,) = [line for line in said.splitlines() if line.startswith("RESULT")]
+    return line.split()
+
+
+def test_a_job_writes_and_reads_a_delta_table_on_the_worker(host: Host, address: str, result: list[str]) -> None:
+    assert result[1:3] == ["1000", "7"]
+    assert result[3] == f"spark://{address}:7077"
+    assert host.check_output("hostname") in " ".join(result[4:])
+
+
+def test_the_master_saw_the_job_and_has_its_worker(address: str, result: list[str]) -> None:
+    state = get(f"http://{address}:8080/json/")
+    assert [worker["state"] for worker in state["workers"]] == ["ALIVE"]
+    finished = {app["name"]: app["state"] for app in state["completedapps"]}
+    assert finished[NAME] == "FINISHED"
+
+
+def test_the_history_server_has_the_job(address: str, result: list[str], wait_until: Callable[..., Any]) -> None:
+    url = f"http://{address}:18080/api/v1/applications?status=completed"
+    app = wait_until(lambda: next((app for app in get(url) if app["name"] == NAME), None), 60)
+    jobs = get(f"http://{address}:18080/api/v1/applications/{app['id']}/jobs")
+    assert jobs and {job["status"] for job in jobs} == {"SUCCEEDED"}
+
+
+def test_nobody_can_submit_over_http(address: str) -> None:
+    with socket.socket() as probe:
+        probe.settimeout(5)
+        assert probe.connect_ex((address, 6066)) != 0
+
+
+def test_sql_knows_delta(host: Host, result: list[str]) -> None:
+    statement = "SELECT count(*) FROM delta.`file:///var/lib/spark/molecule`"
+    options = "--master local[1] --conf spark.ui.enabled=false --conf spark.eventLog.enabled=false"
+    assert host.check_output(f"cd /tmp && runuser -u spark -- spark-sql {options} -S -e %s", statement).split()[-1] == "1000"
