@@ -48,6 +48,10 @@ consume: $(VENV) ## The first ten events of the topic
 lag: $(VENV) ## How far each stream is behind the topic
 	@$(PLATFORM) run kafka -- kafka-consumer-groups --bootstrap-server localhost:9092 --describe --all-groups
 
+.PHONY: latency
+latency: $(VENV) ## Seconds from an event's timestamp to its count in the mart, over a minute
+	@$(PLATFORM) run pipeline -- sudo -u pipeline clickstream latency $(ARGS)
+
 .PHONY: logs
 logs: $(VENV) ## The journal of a service: SERVICE=kafka, ARGS=-f to follow
 	@test -n "$(SERVICE)" || { echo "Which service? make logs SERVICE=kafka; 'make status' lists them." >&2; exit 2; }

@@ -70,6 +70,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Prints rows of the mart gold.product_funnel_1m, newest window first.",
     )
     show.add_argument("--limit", type=int, default=20, help="rows to print (default: %(default)s)")
+    latency = commands.add_parser(
+        "latency",
+        parents=[common],
+        help="measure seconds from event to mart",
+        description="Watches the topic and the mart, and prints the seconds from an event's timestamp to its count.",
+    )
+    latency.add_argument("--seconds", type=float, default=60, help="how long to watch (default: %(default)s)")
+    latency.add_argument("--json", action="store_true", help="print the result as JSON")
     show.add_argument("--count", action="store_true", help="print only how many rows there are")
     return parser
 
@@ -126,6 +134,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if args.command == "show":
         return _show(settings, args.limit, args.count)
+    if args.command == "latency":
+        from clickstream import latency
+
+        result = latency.measure(settings, args.seconds)
+        print(json.dumps(result)) if args.json else _print_table([result])
+        return 1 if result["missing"] else 0
     # Spark is imported after the settings are known to be good, so that a wrong one is told at once.
     if args.command == "stream":
         from clickstream import streams
