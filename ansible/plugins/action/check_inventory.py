@@ -1,4 +1,4 @@
-"""Refuse inventory variables that no role knows, or whose type is wrong.
+"""Refuse inventory variables that no role knows or whose type is wrong, and misspelt groups.
 
 The allowed names and their types are the roles' own argument specifications
 (<roles_dir>/*/meta/argument_specs.yml), so there is no second list to keep. Runs on the control node and opens
@@ -50,11 +50,11 @@ def without_defaults(options: dict[str, Any]) -> dict[str, Any]:
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
-    """check_inventory: roles_dir=<folder of the roles>."""
+    """check_inventory: roles_dir=<folder of the roles> groups=<the groups that playbooks use>."""
 
     TRANSFERS_FILES = False
     _requires_connection = False
-    _VALID_ARGS = frozenset(("roles_dir",))
+    _VALID_ARGS = frozenset(("roles_dir", "groups"))
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Check this host's variables; fail with one line per finding."""
@@ -65,7 +65,12 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             specification = self._loader.load_from_file(str(path))
             options |= without_defaults(specification["argument_specs"]["main"]["options"])
         mine = task_vars["hostvars"][task_vars["inventory_hostname"]]
+        known = set(self._task.args.get("groups", []))
         findings = []
+        for group in sorted(set(task_vars["groups"]) - known - {"all", "ungrouped"}):
+            # A site may have groups of its own; one that is almost ours is a mistake that would leave hosts out.
+            if close := difflib.get_close_matches(group, known, n=1, cutoff=0.8):
+                findings.append(f"the group {group} is not used by any role: did you mean {close[0]}?")
         for name in sorted(mine):
             if name.startswith(("ansible_", "molecule_")) or name in MAGIC:
                 continue
