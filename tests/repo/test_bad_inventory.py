@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, load
+
+from repository import ROOT, load
 
 CANARY = "Canary0fTheSecretsFolderThatNobodyPrints"
 # Reserved for documentation: nothing answers there.

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROLES, ROOT, load
+
+from repository import ROLES, ROOT, load
 
 GROUPS = set(load(ROOT / "roles/preflight/vars/main.yml")["preflight_groups"])
 INVENTORIES = sorted(

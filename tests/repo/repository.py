@@ -1,4 +1,4 @@
-"""Shared by the tests of the repository itself; none of them needs a guest."""
+"""What the tests of the repository itself share; none of them needs a guest."""
 
 from __future__ import annotations
 
