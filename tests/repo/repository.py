@@ -17,7 +17,7 @@ class Loader(yaml.SafeLoader):
 
 
 for tag in ("!unsafe", "!vault"):
-    Loader.add_constructor(tag, lambda loader, node: loader.construct_scalar(node))
+    Loader.add_constructor(tag, lambda loader, node: str(node.value))
 
 
 def load(path: Path) -> Any:
