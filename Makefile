@@ -12,6 +12,7 @@ PLATFORM := ansible/scripts/platform --inventory $(INVENTORY)
 # The control environment; a stamp of its lock tells whether it is current.
 VENV := .venv/.stamp
 TEST_VENV := .cache/test-venv/.stamp
+TEST_JARS := .cache/test-jars
 ARGS ?=
 
 ##@ Run
@@ -90,9 +91,9 @@ lint: $(VENV) ## Python, shell, YAML, Ansible and the repository's own rules
 	pytest -q tests/repo
 
 .PHONY: unit
-unit: $(VENV) $(TEST_VENV) ## The package, on local Spark and a private PostgreSQL; the Ansible modules
+unit: $(VENV) $(TEST_VENV) $(TEST_JARS).stamp ## The package, on local Spark and a private PostgreSQL; the Ansible modules
 	pytest -q tests/unit
-	cd pipeline && ../.cache/test-venv/bin/python -m pytest -q
+	cd pipeline && CLICKSTREAM_TEST_JARS=$(CURDIR)/$(TEST_JARS) ../.cache/test-venv/bin/python -m pytest -q
 
 .PHONY: molecule
 molecule: $(VENV) ## One role in a guest of its own: ROLE=kafka; without ROLE all of them
@@ -132,4 +133,8 @@ $(VENV): ansible/requirements.txt
 $(TEST_VENV): ansible/requirements-test.txt
 	@ansible/scripts/prepare-host tests
 	@ansible/scripts/make-venv .cache/test-venv $<
+	@touch $@
+
+$(TEST_JARS).stamp: roles/spark/files/jars.lock
+	@ansible localhost -m maven_jars -a '{"path": "$(CURDIR)/$(TEST_JARS)", "lock": "{{ lookup(\"ansible.builtin.file\", \"$(CURDIR)/$<\") }}"}' >/dev/null
 	@touch $@

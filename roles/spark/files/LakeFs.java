@@ -1,0 +1,117 @@
+package clickstream;
+
+import java.io.FileNotFoundException;
+import java.io.IOException;
+import java.net.URI;
+import java.net.URISyntaxException;
+import java.nio.file.Files;
+import java.nio.file.NoSuchFileException;
+import java.nio.file.StandardCopyOption;
+import org.apache.hadoop.conf.Configuration;
+import org.apache.hadoop.fs.DelegateToFileSystem;
+import org.apache.hadoop.fs.FileAlreadyExistsException;
+import org.apache.hadoop.fs.FileStatus;
+import org.apache.hadoop.fs.FsServerDefaults;
+import org.apache.hadoop.fs.Path;
+import org.apache.hadoop.fs.RawLocalFileSystem;
+import org.apache.hadoop.fs.permission.FsPermission;
+import org.apache.hadoop.util.DataChecksum;
+
+/**
+ * The file scheme for a lake on a local disk, in place of Hadoop's own.
+ *
+ * <p>Delta commits by renaming a file to a name that must not exist yet. Hadoop's local file system looks first
+ * and renames then, so of two processes that commit the same version (a stream and the compaction beside it)
+ * the second can replace the first one's commit, and its rows are gone without an error. Here that rename is a
+ * hard link, which the kernel makes for one of them only.
+ *
+ * <p>Hadoop's also starts a {@code readlink} or {@code chmod} process for nearly every file; this one asks the
+ * kernel itself. Set with fs.AbstractFileSystem.file.impl=clickstream.LakeFs and
+ * fs.file.impl=clickstream.LakeFs$Local.
+ */
+public final class LakeFs extends DelegateToFileSystem {
+
+  /**
+   * The same for Hadoop's older interface. Without the checksum file that Hadoop's own adds to every file: it
+   * would double the lake's files, and a file written through the one interface and read through the other
+   * would fail its check.
+   */
+  public static final class Local extends RawLocalFileSystem {
+    @Override
+    public void setPermission(Path path, FsPermission permission) throws IOException {
+      java.nio.file.Path file = pathToFile(path).toPath();
+      // A directory's setgid bit decides the group of what is made in it: keep it, as chmod(1) does.
+      int kept = (Integer) Files.getAttribute(file, "unix:mode") & 06000;
+      Files.setAttribute(file, "unix:mode", kept | permission.toShort() & 01777);
+    }
+  }
+
+  public LakeFs(URI uri, Configuration conf) throws IOException, URISyntaxException {
+    super(uri, new Local(), conf, "file", false);
+  }
+
+  @Override
+  public void renameInternal(Path source, Path target) throws IOException {
+    java.nio.file.Path from = local(source);
+    if (Files.isDirectory(from)) {
+      super.renameInternal(source, target);
+      return;
+    }
+    try {
+      Files.createLink(local(target), from);
+    } catch (java.nio.file.FileAlreadyExistsException error) {
+      throw new FileAlreadyExistsException("rename destination " + target + " already exists");
+    } catch (NoSuchFileException error) {
+      throw new FileNotFoundException(error.getMessage());
+    }
+    Files.delete(from);
+  }
+
+  @Override
+  public void renameInternal(Path source, Path target, boolean overwrite) throws IOException {
+    java.nio.file.Path from = local(source);
+    if (!overwrite) {
+      renameInternal(source, target);
+    } else if (Files.isDirectory(from)) {
+      super.renameInternal(source, target, true);
+    } else {
+      Files.move(from, local(target), StandardCopyOption.ATOMIC_MOVE);
+    }
+  }
+
+  /** A lake has no symbolic links of its own, and those on the way to it are the kernel's to follow. */
+  @Override
+  public FileStatus getFileLinkStatus(Path path) throws IOException {
+    return getFileStatus(path);
+  }
+
+  @Override
+  public boolean supportsSymlinks() {
+    return false;
+  }
+
+  @Override
+  public boolean isValidName(String name) {
+    return true;
+  }
+
+  @Override
+  public int getUriDefaultPort() {
+    return -1;
+  }
+
+  @Override
+  public FsServerDefaults getServerDefaults(Path path) {
+    return getServerDefaults();
+  }
+
+  @Override
+  @Deprecated
+  public FsServerDefaults getServerDefaults() {
+    return new FsServerDefaults(64 << 20, 512, 64 << 10, (short) 1, 4096, false, 0, DataChecksum.Type.CRC32);
+  }
+
+  private static java.nio.file.Path local(Path path) {
+    return java.nio.file.Path.of(path.toUri().getPath());
+  }
+}
