@@ -35,7 +35,7 @@ T = TypeVar("T")
 Offset = tuple[int, int]
 
 
-def wait_until(condition: Callable[[], T], timeout: float, what: str) -> T:
+def wait_until(condition: Callable[[], T | None], timeout: float, what: str) -> T:
     """Poll a condition until it gives something true; its value. A failure says what was waited for."""
     deadline = time.monotonic() + timeout
     problem: object = None
@@ -72,7 +72,7 @@ class Lake:
 
     def offsets(self, path: str) -> list[Offset]:
         """(partition, offset) of every row, in no order, repeated where a row is."""
-        return self.query('SELECT partition, "offset" FROM t', t=path)  # type: ignore[return-value]
+        return self.query('SELECT partition, "offset" FROM t', t=path)
 
 
 @dataclass
@@ -129,7 +129,8 @@ class Platform:
             [*SSH, command], capture_output=True, text=True, check=False, timeout=timeout, stdin=subprocess.DEVNULL
         )
         if check and done.returncode:
-            raise AssertionError(f"{command!r} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+            output = f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+            raise AssertionError(f"{command!r} ended with {done.returncode}:\n{output}")
         return done.stdout
 
     def status(self) -> dict[str, Any]:
@@ -197,8 +198,8 @@ class Platform:
         deadline = time.monotonic() + 120
         while any(consumer.position(p) < ends[p] for p in partitions):
             assert time.monotonic() < deadline, "the topic could not be read to its end"
-            for records in consumer.poll(timeout_ms=1000).values():
-                found |= {(r.partition, r.offset): r for r in records if r.offset < ends[TopicPartition(TOPIC, r.partition)]}
+            for partition, records in consumer.poll(timeout_ms=1000).items():
+                found |= {(r.partition, r.offset): r for r in records if r.offset < ends[partition]}
         consumer.close()
         return found
 
@@ -215,7 +216,7 @@ class Platform:
         """Ask the marts."""
         password = (INVENTORY / "secrets/postgres_analytics").read_text().strip()
         with psycopg.connect(host=ADDRESS, dbname="analytics", user="analytics", password=password) as connection:
-            return connection.execute(query).fetchall()  # type: ignore[arg-type]
+            return connection.execute(query).fetchall()
 
     def quiesce(self) -> dict[int, int]:
         """Stop the shop and wait until all that was sent has reached Gold; the topic's ends."""
@@ -265,7 +266,8 @@ class Platform:
         lake = self.lake()
         expected = set(records)
         for partition, end in self.end_offsets().items():
-            assert {o for p, o in expected if p == partition} == set(range(end)), f"the topic has a gap in partition {partition}"
+            offsets = {o for p, o in expected if p == partition}
+            assert offsets == set(range(end)), f"the topic has a gap in partition {partition}"
 
         bronze = lake.query('SELECT partition, "offset", key, value FROM t', t="bronze/clickstream")
         assert len(bronze) == len(expected), f"Bronze has {len(bronze)} rows for {len(expected)} offsets"

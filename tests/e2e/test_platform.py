@@ -110,7 +110,8 @@ def test_three_hundred_events_on_a_quiet_topic(platform: Platform) -> None:
     said = platform.make("produce", "ARGS=--rate 50 --duration 6").stdout
     after = platform.end_offsets()
     assert sum(after.values()) - sum(before.values()) == 300
-    assert re.search(r"^Sent: \S+ +\| User: user_\d{4} +\| Product: prod_\d{4} +\| Partition: \d \| Offset: \d+$", said, re.M)
+    line = r"^Sent: \S+ +\| User: user_\d{4} +\| Product: prod_\d{4} +\| Partition: \d \| Offset: \d+$"
+    assert re.search(line, said, re.MULTILINE)
     assert "Producer closed. Total events sent: 300" in said
     new = platform.records(before)
     assert len(new) == 300
@@ -128,15 +129,18 @@ def test_bad_input_is_kept_with_its_reasons(platform: Platform) -> None:
     bad = bad_records()
     pids = platform.main_pids()
     sent = platform.send([(name, b"user_0042", value) for name, (value, _) in bad.items()])
-    good = platform.send([("no milliseconds", b"user_0042", encoded(timestamp=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")))])
+    whole_second = encoded(timestamp=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
+    good = platform.send([("no milliseconds", b"user_0042", whole_second)])
     platform.known_bad |= sent
     platform.assert_conserved()
     lake = platform.lake()
-    codes = {(p, o): found for p, o, found in lake.query('SELECT partition, "offset", codes FROM t', t="silver/rejects")}
+    rejects = lake.query('SELECT partition, "offset", codes FROM t', t="silver/rejects")
+    codes = {(partition, offset): found for partition, offset, found in rejects}
     wrong = {name: codes[offset] for offset, name in sent.items() if bad[name][1] not in codes[offset]}
     assert not wrong, f"rejected for another reason than expected: {wrong}"
     assert set(good) <= set(lake.offsets("silver/events"))
-    assert platform.main_pids()["ecom-streams.service"] == pids["ecom-streams.service"], "a bad record restarted the streams"
+    streams = "ecom-streams.service"
+    assert platform.main_pids()[streams] == pids[streams], "a bad record restarted the streams"
     platform.resume()
 
 
@@ -159,7 +163,8 @@ def test_a_dag_runs_green_on_the_cluster(platform: Platform) -> None:
 
     state = wait_until(finished, 420, "the DAG run ends")
     tasks = call(f"/api/v2/dags/lake_compaction/dagRuns/{run['dag_run_id']}/taskInstances", token=token)
-    assert state["state"] == "success", f"{tasks}\n{platform.run('sudo nodectl logs airflow-scheduler -n 80', check=False)}"
+    journal = platform.run("sudo nodectl logs airflow-scheduler -n 80", check=False)
+    assert state["state"] == "success", f"{tasks}\n{journal}"
     lake = platform.lake()
     live = lake.file_count("bronze/clickstream")
     assert live < files_before, f"compaction left {live} of {files_before} files"

@@ -32,7 +32,8 @@ def end_offsets(host: Host, server: str) -> int:
 
 def produce(host: Host, server: str, records: list[str]) -> None:
     options = "--property parse.key=true --producer-property acks=all"
-    host.check_output(f"printf '%%s\\n' %s | kafka-console-producer {server} --topic {TOPIC} {options}", "\n".join(records))
+    command = f"kafka-console-producer {server} --topic {TOPIC} {options}"
+    host.check_output(f"printf '%%s\\n' %s | {command}", "\n".join(records))
 
 
 def test_the_topic_is_as_the_inventory_describes_it(host: Host, server: str) -> None:

@@ -39,7 +39,8 @@ def result(host: Host) -> list[str]:
     options = "--conf spark.cores.max=1 --conf spark.executor.memory=512m --conf spark.ui.enabled=false"
     said = host.check_output(f"cd /tmp && runuser -u spark -- spark-submit {options} /tmp/molecule_job.py")
     (line,) = [line for line in said.splitlines() if line.startswith("RESULT")]
-    return line.split()
+    words: list[str] = line.split()
+    return words
 
 
 def test_a_job_writes_and_reads_a_delta_table_on_the_worker(host: Host, address: str, result: list[str]) -> None:
@@ -71,4 +72,5 @@ def test_nobody_can_submit_over_http(address: str) -> None:
 def test_sql_knows_delta(host: Host, result: list[str]) -> None:
     statement = "SELECT count(*) FROM delta.`file:///var/lib/spark/molecule`"
     options = "--master local[1] --conf spark.ui.enabled=false --conf spark.eventLog.enabled=false"
-    assert host.check_output(f"cd /tmp && runuser -u spark -- spark-sql {options} -S -e %s", statement).split()[-1] == "1000"
+    said = host.check_output(f"cd /tmp && runuser -u spark -- spark-sql {options} -S -e %s", statement)
+    assert said.split()[-1] == "1000"
