@@ -61,7 +61,7 @@ def wait_until() -> Callable[[Callable[[], T], float], T]:
     return wait
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def address(host: Host) -> str:
     """The guest's address, as the inventory has it."""
     return str(host.ansible.get_variables()["ansible_host"])

@@ -18,6 +18,21 @@ def processes() -> Iterator[tuple[int, list[str]]]:
             yield int(entry.name), words
 
 
+def descendants(pids: list[int]) -> list[int]:
+    """These processes and all that they started, as far as their parents live."""
+    children: dict[int, list[int]] = {}
+    for pid, _ in processes():
+        try:
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        children.setdefault(parent, []).append(pid)
+    found = list(pids)
+    for pid in found:
+        found += [child for child in children.get(pid, []) if child not in found]
+    return found
+
+
 def redirections(address: str) -> dict[tuple[int, int], list[int]]:
     """The processes that lead a port of this machine to one of a guest: {(host port, guest port): ids}.
 
