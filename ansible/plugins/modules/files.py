@@ -1,0 +1,213 @@
+#!/usr/bin/python
+"""Ansible module: a set of directories, small files and links in one call."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+---
+module: files
+short_description: A set of directories, small files and links
+version_added: "0.1.0"
+description:
+  - Makes the listed paths what they are said to be, in the order of the list.
+  - Does what a loop over M(ansible.builtin.file), M(ansible.builtin.copy) and M(ansible.builtin.template) does, in one
+    connection instead of two or three for each path. A run that changes nothing is mostly such connections.
+  - All entries are checked before the first is written. A file is replaced atomically.
+options:
+  files:
+    description: The paths.
+    type: list
+    elements: dict
+    required: true
+    suboptions:
+      path:
+        description: Absolute path.
+        type: path
+        required: true
+      state:
+        description: What the path is.
+        type: str
+        choices: [file, directory, link]
+        default: file
+      content:
+        description: Text of a file. A newline is added at its end when it has none.
+        type: str
+      target:
+        description: What a link points to; relative to the link's folder or absolute. It need not exist.
+        type: str
+      owner:
+        description: Owner of a file or directory.
+        type: str
+        default: root
+      group:
+        description: Group of a file or directory.
+        type: str
+        default: root
+      mode:
+        description: Mode of a file or directory, in octal and quoted. The default is 0644 for files, 0755 for directories.
+        type: str
+attributes:
+  check_mode:
+    support: full
+    description: Says what would change.
+  diff_mode:
+    support: full
+    description: Shows the text of files before and after. Set C(diff) to false on a task that writes secrets.
+author:
+  - The clickstream platform
+"""
+
+EXAMPLES = r"""
+- name: Write the configuration
+  files:
+    files:
+      - path: /etc/kafka
+        state: directory
+      - path: /etc/kafka/server.properties
+        content: "{{ lookup('ansible.builtin.template', 'server.properties.j2') }}"
+        group: kafka
+        mode: "0640"
+      - path: /opt/kafka/current
+        state: link
+        target: "3.9.2"
+"""
+
+RETURN = r"""
+changed_paths:
+  description: The paths that were changed, or would be.
+  returned: always
+  type: list
+  elements: str
+  sample: [/etc/kafka/server.properties]
+"""
+
+import os
+import stat
+import tempfile
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+KINDS = {"file": stat.S_ISREG, "directory": stat.S_ISDIR, "link": stat.S_ISLNK}
+
+
+def found(path: str) -> int | None:
+    """The type and mode bits of a path itself, None where there is nothing."""
+    try:
+        return os.lstat(path).st_mode
+    except FileNotFoundError:
+        return None
+
+
+def check(module: AnsibleModule, entry: dict[str, Any]) -> None:
+    """Refuse what cannot be meant, before anything is written."""
+    path, state = entry["path"], entry["state"]
+    if not os.path.isabs(path):
+        module.fail_json(msg=f"{path}: give an absolute path")
+    for name, needed in (("content", state == "file"), ("target", state == "link")):
+        if (entry[name] is not None) != needed:
+            verb = "needs" if needed else "takes no"
+            module.fail_json(msg=f"{path}: a {state} {verb} {name}")
+    mode = found(path)
+    if mode is not None and not KINDS[state](mode) and not (state == "file" and stat.S_ISLNK(mode)):
+        module.fail_json(msg=f"{path} exists and is no {state}; move it away first")
+
+
+def write_file(module: AnsibleModule, path: str, content: str) -> None:
+    """Replace a file by a whole one."""
+    handle, temporary = tempfile.mkstemp(dir=module.tmpdir)
+    with os.fdopen(handle, "w") as stream:
+        stream.write(content)
+    # A container's /etc/hosts and the like may be a bind mount; nothing here is one, so no unsafe writes.
+    module.atomic_move(temporary, path)
+
+
+def ensure(module: AnsibleModule, entry: dict[str, Any], diffs: list[dict[str, str]]) -> bool:
+    """Make one path what it is said to be; whether that was a change."""
+    path, state = entry["path"], entry["state"]
+    mode = found(path)
+    if state == "link":
+        if mode is not None and os.readlink(path) == entry["target"]:
+            return False
+        diffs.append(
+            {
+                "before_header": path,
+                "after_header": path,
+                "before": f"-> {os.readlink(path)}\n" if mode is not None else "",
+                "after": f"-> {entry['target']}\n",
+            }
+        )
+        if not module.check_mode:
+            # Renamed over the old one, so that no reader ever misses it.
+            temporary = f"{path}.{os.getpid()}.new"
+            os.symlink(entry["target"], temporary)
+            os.replace(temporary, path)
+        return True
+
+    changed = False
+    if state == "directory" and mode is None:
+        changed = True
+        diffs.append({"before_header": path, "after_header": path, "before": "", "after": "directory\n"})
+        if not module.check_mode:
+            os.makedirs(path, mode=0o755)
+    if state == "file":
+        content = entry["content"] if entry["content"].endswith("\n") else entry["content"] + "\n"
+        before = None
+        if mode is not None and stat.S_ISREG(mode):
+            with open(path, errors="surrogateescape") as stream:
+                before = stream.read()
+        if before != content:
+            changed = True
+            diffs.append({"before_header": path, "after_header": path, "before": before or "", "after": content})
+            if not module.check_mode:
+                write_file(module, path, content)
+    if changed and module.check_mode:
+        return True
+    wanted = {
+        "path": path,
+        "owner": entry["owner"],
+        "group": entry["group"],
+        "mode": entry["mode"] or ("0755" if state == "directory" else "0644"),
+        "secontext": [None, None, None],
+        "attributes": None,
+    }
+    return bool(module.set_fs_attributes_if_different(wanted, changed))
+
+
+def main() -> None:
+    """Run the module."""
+    module = AnsibleModule(
+        argument_spec={
+            "files": {
+                "type": "list",
+                "elements": "dict",
+                "required": True,
+                "options": {
+                    "path": {"type": "path", "required": True},
+                    "state": {"type": "str", "choices": list(KINDS), "default": "file"},
+                    "content": {"type": "str"},
+                    "target": {"type": "str"},
+                    "owner": {"type": "str", "default": "root"},
+                    "group": {"type": "str", "default": "root"},
+                    "mode": {"type": "str"},
+                },
+            }
+        },
+        supports_check_mode=True,
+    )
+    entries = module.params["files"]
+    for entry in entries:
+        check(module, entry)
+    diffs: list[dict[str, str]] = []
+    changed = []
+    for entry in entries:
+        try:
+            if ensure(module, entry, diffs):
+                changed.append(entry["path"])
+        except OSError as error:
+            module.fail_json(msg=f"{entry['path']}: {error.strerror or error}", changed_paths=changed, changed=bool(changed))
+    module.exit_json(changed=bool(changed), changed_paths=changed, diff=diffs)
+
+
+if __name__ == "__main__":
+    main()
