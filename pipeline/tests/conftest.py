@@ -67,6 +67,8 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
         "spark.hadoop.fs.AbstractFileSystem.file.impl clickstream.LakeFs\n"
         "spark.hadoop.fs.file.impl clickstream.LakeFs$Local\n"
         "spark.ui.enabled false\n"
+        # a JVM that lives for minutes does not earn back what the optimising compiler costs
+        "spark.driver.extraJavaOptions -XX:TieredStopAtLevel=1 -XX:+UseSerialGC\n"
         "spark.driver.host 127.0.0.1\n"
         "spark.driver.bindAddress 127.0.0.1\n"
         # the state of a query that a test stopped is not needed for long
