@@ -227,10 +227,14 @@ class Sender:
 
     def wait_for_room(self, watchdog: sdnotify.Watchdog) -> None:
         """Blocks while too much is unacknowledged: a broker that is away slows the shop, not fills memory."""
+        started, told = time.monotonic(), False
         with self._changed:
             while self._pending >= self._options.max_unacknowledged and not self._stop.is_set():
                 self._changed.wait(0.5)
                 watchdog.ping()
+                if not told and time.monotonic() - started > 2:
+                    told = True
+                    log.warning("waiting for the broker: %d events are not acknowledged yet", self._pending)
 
     def send(self, events: Iterator[Event]) -> bool:
         """Hands one event to the client; False when a bounded run should end because no broker takes it."""
