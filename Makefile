@@ -98,11 +98,11 @@ unit: $(VENV) $(TEST_VENV) $(TEST_JARS).stamp ## The package, on local Spark and
 .PHONY: molecule
 molecule: $(VENV) ## One role in a guest of its own: ROLE=kafka; without ROLE all of them
 	@ansible/scripts/prepare-host guests
-	@ansible/scripts/build-box
 	@for role in $(or $(ROLE),common java zookeeper kafka postgres spark airflow pipeline); do molecule test -s $$role; done
 
 .PHONY: e2e
 e2e: $(VENV) ## The whole platform in its guest: events to Gold, reload, kill -9 of every service, bad input
+	@ansible/scripts/prepare-host guests
 	pytest -q -s tests/e2e
 
 ##@ Maintain
@@ -136,5 +136,5 @@ $(TEST_VENV): ansible/requirements-test.txt
 	@touch $@
 
 $(TEST_JARS).stamp: roles/spark/files/jars.lock
-	@ansible localhost -m maven_jars -a '{"path": "$(CURDIR)/$(TEST_JARS)", "lock": "{{ lookup(\"ansible.builtin.file\", \"$(CURDIR)/$<\") }}"}' >/dev/null
+	@ansible localhost -m maven_jars -a '{"path": "$(CURDIR)/$(TEST_JARS)", "lock": "{{ lookup(\"ansible.builtin.file\", \"$(CURDIR)/$<\") }}", "repository_url": "$(or $(MAVEN_REPOSITORY_URL),https://repo1.maven.org/maven2)"}' 
 	@touch $@

@@ -66,9 +66,13 @@ class Lake:
             database.register(name, QueryBuilder().register("t", table).execute("SELECT * FROM t").read_all())
         return database.execute(sql).fetchall()
 
-    def file_count(self, path: str) -> int:
-        """Data files of a table's present version."""
-        return len(DeltaTable(str(self.path / path)).file_uris())
+    def version(self, path: str) -> int:
+        """The present version of a table."""
+        return DeltaTable(str(self.path / path)).version()
+
+    def history(self, path: str, since: int) -> list[dict[str, Any]]:
+        """The commits of a table after a version."""
+        return [entry for entry in DeltaTable(str(self.path / path)).history() if entry["version"] > since]
 
     def offsets(self, path: str) -> list[Offset]:
         """(partition, offset) of every row, in no order, repeated where a row is."""
@@ -111,17 +115,22 @@ class Platform:
             print(line, end="", flush=True)
             lines.append(line)
         code = process.wait()
-        self.phases["make " + " ".join(words)] = time.monotonic() - began
+        self.note("make " + " ".join(words), began)
         output = "".join(lines)
         if check and code:
             raise AssertionError(f"make {' '.join(words)} ended with {code}:\n{output[-6000:]}\n{self.journals()}")
         return subprocess.CompletedProcess(words, code, output, "")
 
+    def note(self, verb: str, began: float) -> None:
+        """Keep the time of a verb; a repeated one gets a number."""
+        times = sum(name == verb or name.startswith(f"{verb} (") for name in self.phases)
+        self.phases[f"{verb} ({times + 1})" if times else verb] = time.monotonic() - began
+
     def vagrant(self, *words: str) -> None:
         """Run a Vagrant verb on the tests' guest."""
         began = time.monotonic()
         subprocess.run(["vagrant", *words], cwd=ROOT, env=self.environment, check=True, stdin=subprocess.DEVNULL)
-        self.phases["vagrant " + " ".join(words)] = time.monotonic() - began
+        self.note("vagrant " + " ".join(words), began)
 
     def run(self, command: str, check: bool = True, timeout: float = 300) -> str:
         """Run a shell command in the guest."""

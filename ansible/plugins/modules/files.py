@@ -113,13 +113,17 @@ def check(module: AnsibleModule, entry: dict[str, Any]) -> None:
         module.fail_json(msg=f"{path} exists and is no {state}; move it away first")
 
 
-def write_file(module: AnsibleModule, path: str, content: str) -> None:
-    """Replace a file by a whole one."""
-    handle, temporary = tempfile.mkstemp(dir=module.tmpdir)
-    with os.fdopen(handle, "w") as stream:
-        stream.write(content)
-    # A container's /etc/hosts and the like may be a bind mount; nothing here is one, so no unsafe writes.
-    module.atomic_move(temporary, path)
+def write_file(module: AnsibleModule, path: str, content: str, attributes: dict[str, Any]) -> None:
+    """Replace a file by a whole one, which is never open to more readers than it is meant for."""
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".ansible-")
+    try:
+        with os.fdopen(handle, "w") as stream:
+            stream.write(content)
+        module.set_fs_attributes_if_different(attributes | {"path": temporary}, False)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def ensure(module: AnsibleModule, entry: dict[str, Any], diffs: list[dict[str, str]]) -> bool:
@@ -144,6 +148,14 @@ def ensure(module: AnsibleModule, entry: dict[str, Any], diffs: list[dict[str, s
             os.replace(temporary, path)
         return True
 
+    wanted = {
+        "path": path,
+        "owner": entry["owner"],
+        "group": entry["group"],
+        "mode": entry["mode"] or ("0755" if state == "directory" else "0644"),
+        "secontext": [None, None, None],
+        "attributes": None,
+    }
     changed = False
     if state == "directory" and mode is None:
         changed = True
@@ -160,17 +172,9 @@ def ensure(module: AnsibleModule, entry: dict[str, Any], diffs: list[dict[str, s
             changed = True
             diffs.append({"before_header": path, "after_header": path, "before": before or "", "after": content})
             if not module.check_mode:
-                write_file(module, path, content)
+                write_file(module, path, content, wanted)
     if changed and module.check_mode:
         return True
-    wanted = {
-        "path": path,
-        "owner": entry["owner"],
-        "group": entry["group"],
-        "mode": entry["mode"] or ("0755" if state == "directory" else "0644"),
-        "secontext": [None, None, None],
-        "attributes": None,
-    }
     return bool(module.set_fs_attributes_if_different(wanted, changed))
 
 
@@ -205,7 +209,9 @@ def main() -> None:
             if ensure(module, entry, diffs):
                 changed.append(entry["path"])
         except OSError as error:
-            module.fail_json(msg=f"{entry['path']}: {error.strerror or error}", changed_paths=changed, changed=bool(changed))
+            module.fail_json(
+                msg=f"{entry['path']}: {error.strerror or error}", changed_paths=changed, changed=bool(changed)
+            )
     module.exit_json(changed=bool(changed), changed_paths=changed, diff=diffs)
 
 

@@ -100,6 +100,14 @@ class Settings:
             "max_event_age",
         ):
             self._check(name, seconds)
+        # An event from the future moves the watermark as far ahead as it is believed; twice that has to fit in it,
+        # or events that come on time would be late.
+        if 2 * seconds(self.max_clock_skew) > seconds(self.watermark):
+            self._fail(
+                "max_clock_skew",
+                f"{self.max_clock_skew} is more than half of the watermark, {self.watermark}",
+                f"lower it, or raise {PREFIX}WATERMARK",
+            )
         for name in ("executor_memory", "driver_memory", "max_bytes_per_trigger", "compact_target_size"):
             self._check(name, size_bytes)
         for field in fields(self):
