@@ -22,7 +22,9 @@ def run(files: list[dict[str, Any]], check_mode: bool = False) -> dict[str, Any]
     """The module's answer."""
     entries = [entry if entry.get("state") == "link" else ME | entry for entry in files]
     arguments = {"ANSIBLE_MODULE_ARGS": {"files": entries, "_ansible_check_mode": check_mode, "_ansible_diff": True}}
-    done = subprocess.run([sys.executable, MODULE], input=json.dumps(arguments), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, MODULE], input=json.dumps(arguments), capture_output=True, text=True, check=False
+    )
     assert done.stdout, done.stderr
     return dict(json.loads(done.stdout))
 

@@ -1,6 +1,7 @@
 #!/usr/bin/python
 """Ansible module: a set of directories, small files and links in one call."""
 
+# ruff: noqa: E402 - Ansible wants the documentation before the imports
 from __future__ import annotations
 
 DOCUMENTATION = r"""
@@ -44,7 +45,7 @@ options:
         type: str
         default: root
       mode:
-        description: Mode of a file or directory, in octal and quoted. The default is 0644 for files, 0755 for directories.
+        description: Mode, in octal and quoted. The default is 0644 for files and 0755 for directories.
         type: str
 attributes:
   check_mode:
