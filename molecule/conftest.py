@@ -22,7 +22,7 @@ for name in $(ls /etc/nodectl/services.d 2>/dev/null); do
     units="$units $(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["unit"])' \
       "/etc/nodectl/services.d/$name.json")"
 done
-for unit in $(printf '%s\n' $units | sort -u); do
+for unit in $(printf '%s\n' $units @others@ | sort -u); do
   printf '\n--- journal of %s\n' "$unit"
   journalctl --unit "$unit" --boot --no-pager --lines 60 --output short-iso
 done
@@ -36,7 +36,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report = outcome.get_result()
     host = getattr(item, "funcargs", {}).get("host")
     if report.when == "call" and report.failed and host is not None:
-        state = host.run(STATE_OF_THE_GUEST)
+        # A test module may name journals that are worth reading though their services are healthy.
+        others = " ".join(getattr(getattr(item, "module", None), "JOURNALS", ()))
+        state = host.run("sh -c %s", STATE_OF_THE_GUEST.replace("@others@", others))
         report.sections.append(("state of the guest", state.stdout + state.stderr))
 
 
