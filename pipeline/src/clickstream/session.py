@@ -22,8 +22,6 @@ COMMON = {
     "spark.hadoop.fs.permissions.umask-mode": "007",
     # A small table's state fits in few tasks; the default of 50 costs more than the work.
     "spark.databricks.delta.snapshotPartitions": "2",
-    # VACUUM lists a table with this many tasks; the default of 10,000 takes minutes of nothing.
-    "spark.sql.sources.parallelPartitionDiscovery.parallelism": "8",
     "spark.ui.showConsoleProgress": "false",
     "spark.locality.wait": "0s",
 }
