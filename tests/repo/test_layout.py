@@ -155,6 +155,11 @@ def test_readme_explains_every_verb() -> None:
     assert sorted({first or second for first, second in in_code} - verbs) == [], "in the README but not in the Makefile"
 
 
+def test_readme_has_no_placeholder() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [line for line in text.splitlines() if "@@" in line] == []
+
+
 # --- DAGs ------------------------------------------------------------------------------------------------------
 
 # Every process that parses DAGs imports what they import at their top level, every half minute.

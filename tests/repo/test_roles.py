@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,27 @@ def secret_variables() -> set[str]:
     return {key for name in ROLES for key, option in options(name).items() if option.get("no_log")}
 
 
+QUOTE = r"""\\?['"]"""
+LOOKUP = re.compile(
+    rf"""\b(?:lookup|query|q)\(\s*{QUOTE}(?:ansible\.builtin\.)?template{QUOTE}\s*,\s*{QUOTE}([^'"\\]+)"""
+)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that a task writes, as far as the task's text says."""
+
+    name: str  # the template's, or the file's own where its content is in the task
+    content: str
+    mode: str | None
+
+
+def text_of(name: str, template: str) -> str:
+    return (role(name) / "templates" / template).read_text(encoding="utf-8")
+
+
 def templates_of(task: dict[str, Any]) -> list[str]:
-    """The template files that a task writes, when its source is a loop's item too."""
+    """The files that a task writes with the module template, when its source is a loop's item too."""
     source = str(task.get("ansible.builtin.template", {}).get("src", ""))
     if "{{" not in source:
         return [source] if source else []
@@ -114,17 +134,43 @@ def templates_of(task: dict[str, Any]) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", ROLES)
-def test_files_with_secrets_show_no_diff_and_are_not_for_everyone(name: str) -> None:
+def written_by(name: str, task: dict[str, Any]) -> list[Written]:
+    """All that a task writes from templates or from its own text."""
+    mode = task.get("ansible.builtin.template", {}).get("mode")
+    found = [Written(template, text_of(name, template), mode) for template in templates_of(task)]
+    entries = task.get("files", {}).get("files", [])
+    for entry in entries if isinstance(entries, list) else []:
+        content = str(entry.get("content", ""))
+        templates = LOOKUP.findall(content) or [Path(entry["path"]).name]
+        texts = [text_of(name, template) for template in LOOKUP.findall(content)]
+        found.append(Written(templates[0], "\n".join([content, *texts]), entry.get("mode")))
+    # What is looked up elsewhere, say in an expression that makes the list, has no mode that could be read here.
+    own = {key: value for key, value in task.items() if key not in ("block", "rescue", "always")}
+    seen = {template for entry in found for template in (entry.name, *LOOKUP.findall(entry.content))}
+    elsewhere = [template for template in LOOKUP.findall(str(own)) if template not in seen]
+    return found + [Written(template, text_of(name, template), None) for template in elsewhere]
+
+
+def files_with_secrets(name: str) -> Iterator[tuple[str, dict[str, Any], Written]]:
     secrets = re.compile(r"\b(" + "|".join(sorted(secret_variables())) + r")\b")
     for path, task in tasks(name):
-        for template in templates_of(task):
-            text = (role(name) / "templates" / template).read_text(encoding="utf-8")
-            if not secrets.search(text):
-                continue
-            where = f"{path.relative_to(ROOT)}: {task['name']}"
-            assert task.get("diff") is False, f"{where} needs diff: false"
-            assert task["ansible.builtin.template"]["mode"] == "0640", where
+        for file in written_by(name, task):
+            if secrets.search(file.content):
+                yield f"{path.relative_to(ROOT)}: {task['name']}: {file.name}", task, file
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_files_with_secrets_show_no_diff_and_are_not_for_everyone(name: str) -> None:
+    for where, task, file in files_with_secrets(name):
+        assert task.get("diff") is False, f"{where} needs diff: false"
+        # This module's arguments are the text; those of the module template are but its path.
+        assert task.get("no_log") is True or "ansible.builtin.template" in task, f"{where} needs no_log: true"
+        assert file.mode == "0640", where
+
+
+def test_files_with_secrets_are_found() -> None:
+    names = {file.name.removesuffix(".j2") for name in ROLES for _, _, file in files_with_secrets(name)}
+    assert names >= {"airflow.env", "admin.json", "pg_service.conf"}
 
 
 @pytest.mark.parametrize("name", ROLES)
