@@ -14,6 +14,7 @@ VENV := .venv/.stamp
 TEST_VENV := .cache/test-venv/.stamp
 TEST_JARS := .cache/test-jars
 ARGS ?=
+comma := ,
 
 ##@ Run
 .PHONY: up
@@ -136,5 +137,5 @@ $(TEST_VENV): ansible/requirements-test.txt
 	@touch $@
 
 $(TEST_JARS).stamp: roles/spark/files/jars.lock
-	@ansible localhost -m maven_jars -a '{"path": "$(CURDIR)/$(TEST_JARS)", "lock": "{{ lookup(\"ansible.builtin.file\", \"$(CURDIR)/$<\") }}", "repository_url": "$(or $(MAVEN_REPOSITORY_URL),https://repo1.maven.org/maven2)"}' 
+	@ansible localhost -m maven_jars -a '{"path": "$(CURDIR)/$(TEST_JARS)", "lock": "{{ lookup(\"ansible.builtin.file\", \"$(CURDIR)/$<\") }}"$(if $(MAVEN_REPOSITORY_URL),$(comma) "repository_url": "$(MAVEN_REPOSITORY_URL)")}' 
 	@touch $@
