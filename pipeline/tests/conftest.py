@@ -47,10 +47,10 @@ def _compile(target: Path) -> Path:
     """The lake's file system, compiled with nothing but a Java runtime, as a node does it."""
     import pyspark
 
-    source = Path(__file__).parents[1] / "java" / "clickstream" / "LakeFs.java"
+    source = Path(__file__).parents[2] / "roles/spark/files/LakeFs.java"
     hadoop = next((Path(pyspark.__file__).parent / "jars").glob("hadoop-client-api-*.jar"))
     java = Path(os.environ["JAVA_HOME"]) / "bin" / "java" if os.environ.get("JAVA_HOME") else "java"
-    compiler = [java, "-m", "jdk.compiler/com.sun.tools.javac.Main", "--release", "17", "-Xlint:all,-classfile"]
+    compiler = [java, "-m", "jdk.compiler/com.sun.tools.javac.Main", "-Xlint:all,-classfile"]
     subprocess.run([*compiler, "-Werror", "-cp", hadoop, "-d", target, source], check=True)
     return target
 
