@@ -83,3 +83,17 @@ def test_files_belong_to_the_group_and_keep_the_directorys(spark: SparkSession, 
         assert mode & 0o060 == 0o060, path
         if path.is_dir():
             assert mode & 0o2000, path
+
+
+def test_sparks_state_store_can_upload_its_snapshots(spark: SparkSession, tmp_path: Path) -> None:
+    """It copies from FileSystem.getLocal, which must be Hadoop's LocalFileSystem or a kind of it."""
+    jvm = spark._jvm
+    assert jvm is not None
+    conf = spark.sparkContext._jsc.hadoopConfiguration()
+    local = jvm.org.apache.hadoop.fs.FileSystem.getLocal(conf)
+    source = tmp_path / "snapshot"
+    source.write_text("state")
+    path = jvm.org.apache.hadoop.fs.Path
+    local.copyFromLocalFile(path(f"file://{source}"), path(f"file://{tmp_path}/uploaded"))
+    assert (tmp_path / "uploaded").read_text() == "state"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["snapshot", "uploaded"], "no checksum files"

@@ -12,6 +12,7 @@ import org.apache.hadoop.fs.DelegateToFileSystem;
 import org.apache.hadoop.fs.FileAlreadyExistsException;
 import org.apache.hadoop.fs.FileStatus;
 import org.apache.hadoop.fs.FsServerDefaults;
+import org.apache.hadoop.fs.LocalFileSystem;
 import org.apache.hadoop.fs.Path;
 import org.apache.hadoop.fs.RawLocalFileSystem;
 import org.apache.hadoop.fs.permission.FsPermission;
@@ -32,11 +33,20 @@ import org.apache.hadoop.util.DataChecksum;
 public final class LakeFs extends DelegateToFileSystem {
 
   /**
-   * The same for Hadoop's older interface. Without the checksum file that Hadoop's own adds to every file: it
-   * would double the lake's files, and a file written through the one interface and read through the other
-   * would fail its check.
+   * The same for Hadoop's older interface; Spark expects a LocalFileSystem behind FileSystem.getLocal. Without the
+   * checksum file that Hadoop's own adds to every file: it would double the lake's files, and a file written through
+   * the one interface and read through the other would fail its check.
    */
-  public static final class Local extends RawLocalFileSystem {
+  public static final class Local extends LocalFileSystem {
+    public Local() {
+      super(new Raw());
+      setWriteChecksum(false);
+      setVerifyChecksum(false);
+    }
+  }
+
+  /** Permissions without a process for each. */
+  private static final class Raw extends RawLocalFileSystem {
     @Override
     public void setPermission(Path path, FsPermission permission) throws IOException {
       java.nio.file.Path file = pathToFile(path).toPath();
@@ -47,7 +57,7 @@ public final class LakeFs extends DelegateToFileSystem {
   }
 
   public LakeFs(URI uri, Configuration conf) throws IOException, URISyntaxException {
-    super(uri, new Local(), conf, "file", false);
+    super(uri, new Raw(), conf, "file", false);
   }
 
   @Override
