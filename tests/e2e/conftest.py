@@ -25,6 +25,13 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
         under_test.make("destroy")
 
 
+@pytest.fixture(autouse=True)
+def shop_is_open(platform: Platform) -> Iterator[None]:
+    """A test that failed while the topic was quiet must not make those after it fail."""
+    yield
+    platform.resume()
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """A failed test carries the state of every service, and the journals of the unhealthy ones."""
