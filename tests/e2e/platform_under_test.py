@@ -170,7 +170,7 @@ class Platform:
                 text.append(self.run(f"sudo nodectl logs {service['name']} -n 80", check=False))
         return "\n".join(text) or "(all services are healthy)"
 
-    def healthy(self, timeout: float = 240) -> None:
+    def healthy(self, timeout: float = 420) -> None:
         """Wait until every service is healthy."""
 
         def all_healthy() -> bool:
