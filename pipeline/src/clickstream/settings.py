@@ -52,7 +52,7 @@ class Settings:
 
     trigger_bronze: str = "10 seconds"
     trigger_silver: str = "3 seconds"
-    trigger_gold: str = "3 seconds"
+    trigger_gold: str = "1 second"
     # How late a valid event may come and still be deduplicated and counted by the streams.
     watermark: str = "10 minutes"
     # An event may be this far ahead of Kafka's and our clock, and this far behind Kafka's, to be believed.
