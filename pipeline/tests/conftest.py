@@ -51,7 +51,8 @@ def _compile(target: Path) -> Path:
     hadoop = next((Path(pyspark.__file__).parent / "jars").glob("hadoop-client-api-*.jar"))
     java = Path(os.environ["JAVA_HOME"]) / "bin" / "java" if os.environ.get("JAVA_HOME") else "java"
     compiler = [java, "-m", "jdk.compiler/com.sun.tools.javac.Main", "-Xlint:all,-classfile"]
-    subprocess.run([*compiler, "-Werror", "-cp", hadoop, "-d", target, source], check=True)
+    storage = next(jar for jar in _jars() if jar.name.startswith("delta-storage-"))
+    subprocess.run([*compiler, "-Werror", "-cp", f"{hadoop}:{storage}", "-d", target, source], check=True)
     return target
 
 
@@ -66,9 +67,10 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
         f"spark.sql.warehouse.dir {tmp_path_factory.mktemp('warehouse')}\n"
         "spark.hadoop.fs.AbstractFileSystem.file.impl clickstream.LakeFs\n"
         "spark.hadoop.fs.file.impl clickstream.LakeFs$Local\n"
+        "spark.delta.logStore.file.impl clickstream.LakeFs$Log\n"
         "spark.ui.enabled false\n"
         # a JVM that lives for minutes does not earn back what the optimising compiler costs
-        "spark.driver.extraJavaOptions -XX:TieredStopAtLevel=1 -XX:+UseSerialGC\n"
+        "spark.driver.extraJavaOptions -XX:TieredStopAtLevel=1\n"
         "spark.driver.host 127.0.0.1\n"
         "spark.driver.bindAddress 127.0.0.1\n"
         # the state of a query that a test stopped is not needed for long

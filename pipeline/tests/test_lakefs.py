@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from py4j.protocol import Py4JJavaError
@@ -97,3 +97,30 @@ def test_sparks_state_store_can_upload_its_snapshots(spark: SparkSession, tmp_pa
     local.copyFromLocalFile(path(f"file://{source}"), path(f"file://{tmp_path}/uploaded"))
     assert (tmp_path / "uploaded").read_text() == "state"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["snapshot", "uploaded"], "no checksum files"
+
+
+def test_the_log_lists_what_deltas_own_log_store_lists(spark: SparkSession, tmp_path: Path) -> None:
+    """From a version on, in the order of names, with the sizes; and it is the one that tables use."""
+    jvm = spark._jvm
+    assert jvm is not None
+    table = f"file://{tmp_path}/table"
+    for _ in range(12):
+        spark.range(1).write.format("delta").mode("append").save(table)
+    conf = spark.sparkContext._jsc.hadoopConfiguration()
+
+    def listed(store: Any, version: int) -> list[tuple[str, int]]:
+        found = store.listFrom(jvm.org.apache.hadoop.fs.Path(f"{table}/_delta_log/{version:020d}.json"), conf)
+        return [(status.getPath().toString(), status.getLen()) for status in iter(lambda: next_of(found), None)]
+
+    def next_of(found: Any) -> Any:
+        return found.next() if found.hasNext() else None
+
+    ours, deltas = jvm.clickstream.LakeFs.Log(conf), jvm.io.delta.storage.HDFSLogStore(conf)
+    for version in (0, 7, 12):
+        assert listed(ours, version) == listed(deltas, version) != []
+    missing = jvm.org.apache.hadoop.fs.Path(f"file://{tmp_path}/missing/_delta_log/0.json")
+    with pytest.raises(Py4JJavaError, match="FileNotFoundException"):
+        ours.listFrom(missing, conf)
+    used = jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, table).store()
+    adaptor = used.getDelegate(jvm.org.apache.hadoop.fs.Path(table))
+    assert adaptor.logStoreImpl().getClass().getName() == "clickstream.LakeFs$Log"

@@ -38,6 +38,9 @@ STREAMS = {
     f"{_ROCKSDB}.trackTotalNumberOfRows": "false",
     f"{_ROCKSDB}.boundedMemoryUsage": "true",
     f"{_ROCKSDB}.maxMemoryUsageMB": "128",
+    # Heaps of this size are collected in little time, and without a concurrent collector's threads on the cores.
+    "spark.driver.defaultJavaOptions": "-XX:+UseParallelGC",
+    "spark.executor.defaultJavaOptions": "-XX:+UseParallelGC",
     # An endless application's event log would grow for ever; its progress is in the status files.
     "spark.eventLog.enabled": "false",
     "spark.ui.retainedJobs": "50",

@@ -1,16 +1,22 @@
 package clickstream;
 
+import io.delta.storage.HDFSLogStore;
 import java.io.FileNotFoundException;
 import java.io.IOException;
+import java.io.UncheckedIOException;
 import java.net.URI;
 import java.net.URISyntaxException;
 import java.nio.file.Files;
 import java.nio.file.NoSuchFileException;
 import java.nio.file.StandardCopyOption;
+import java.util.Arrays;
+import java.util.Iterator;
+import java.util.Optional;
 import org.apache.hadoop.conf.Configuration;
 import org.apache.hadoop.fs.DelegateToFileSystem;
 import org.apache.hadoop.fs.FileAlreadyExistsException;
 import org.apache.hadoop.fs.FileStatus;
+import org.apache.hadoop.fs.FileSystem;
 import org.apache.hadoop.fs.FsServerDefaults;
 import org.apache.hadoop.fs.LocalFileSystem;
 import org.apache.hadoop.fs.Path;
@@ -28,7 +34,8 @@ import org.apache.hadoop.util.DataChecksum;
  *
  * <p>Hadoop's also starts a {@code readlink} or {@code chmod} process for nearly every file; this one asks the
  * kernel itself. Set with fs.AbstractFileSystem.file.impl=clickstream.LakeFs and
- * fs.file.impl=clickstream.LakeFs$Local.
+ * fs.file.impl=clickstream.LakeFs$Local, and the log of its tables with
+ * spark.delta.logStore.file.impl=clickstream.LakeFs$Log.
  */
 public final class LakeFs extends DelegateToFileSystem {
 
@@ -42,6 +49,43 @@ public final class LakeFs extends DelegateToFileSystem {
       super(new Raw());
       setWriteChecksum(false);
       setVerifyChecksum(false);
+    }
+  }
+
+  /**
+   * Delta's log store, which lists a table's log several times in every batch. Delta's own asks for the size and
+   * time of each file of the log, 100,000 after two days of a commit every three seconds, and then drops all but
+   * the newest few; this one asks for those only.
+   */
+  public static final class Log extends HDFSLogStore {
+    public Log(Configuration conf) {
+      super(conf);
+    }
+
+    @Override
+    public Iterator<FileStatus> listFrom(Path path, Configuration conf) throws IOException {
+      java.nio.file.Path folder = local(path.getParent());
+      String[] names = folder.toFile().list();
+      if (names == null) {
+        throw new FileNotFoundException("No such folder: " + folder);
+      }
+      FileSystem fs = path.getFileSystem(conf);
+      return Arrays.stream(names)
+          .filter(name -> name.compareTo(path.getName()) >= 0)
+          .sorted()
+          .flatMap(name -> status(fs, new Path(path.getParent(), name)).stream())
+          .iterator();
+    }
+
+    /** Nothing when the clean-up of old log files has just taken it. */
+    private static Optional<FileStatus> status(FileSystem fs, Path path) {
+      try {
+        return Optional.of(fs.getFileStatus(path));
+      } catch (FileNotFoundException error) {
+        return Optional.empty();
+      } catch (IOException error) {
+        throw new UncheckedIOException(error);
+      }
     }
   }
 
