@@ -42,6 +42,7 @@ CASES: dict[str, tuple[bytes | None, list[str]]] = {
     "tombstone": (None, ["tombstone"]),
     "no bytes": (b"", ["empty_value"]),
     "spaces only": (b"   ", ["empty_value"]),
+    "white space only": (b" \t\r\n", ["empty_value"]),
     "not JSON": (b"hello", ["not_json_object"]),
     "XML": (b"<event/>", ["not_json_object"]),
     "cut off": (raw()[:-20], ["not_json_object"]),

@@ -48,7 +48,7 @@ def bad_records() -> dict[str, tuple[bytes | None, str]]:
         "a JSON number": (b"42", "not_json_object"),
         "two objects": (encoded() + encoded(), "not_json_object"),
         "empty value": (b"", "empty_value"),
-        "white space": (b"   ", "empty_value"),
+        "white space": (b" \t\r\n", "empty_value"),
         "tombstone": (None, "tombstone"),
         "price is a text": (encoded(price="299.99"), "price_not_number"),
         "price is an object": (encoded(price={"amount": 1}), "price_not_number"),
