@@ -145,6 +145,44 @@ def test_bad_input_is_kept_with_its_reasons(platform: Platform) -> None:
     platform.resume()
 
 
+def test_what_deduplication_dropped_is_accounted_for(platform: Platform) -> None:
+    """Duplicates, and an event older than the watermark, through a topic that the shop writes to as well."""
+
+    def value(**changes: Any) -> tuple[bytes, bytes]:
+        return b"user_0042", encoded(**changes)
+
+    now = datetime.now(UTC)
+    old = (now - timedelta(minutes=20)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    stamp = now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    first = {"event_id": f"evt_{time.time_ns():020d}", "timestamp": stamp}
+    good = platform.send([("first", *value(**first)), ("late", *value(timestamp=old))])
+    dropped = platform.send([("duplicate", *value(**first)), ("conflicting_duplicate", *value(**first, price=1))])
+    platform.known_bad |= dropped
+    platform.run("sudo systemctl stop ecom-producer")
+    platform.wait_for_streams()
+    before = {offset for table in ("events", "rejects") for offset in platform.lake().offsets(f"silver/{table}")}
+    assert not before & set(dropped), "the stream kept a duplicate"
+    assert {name for offset, name in good.items() if offset not in before} == {"late"}
+
+    report = platform.account()
+    assert report["unexplained"] == []
+    ledger = {row["partition"]: row for row in report["ledger"]}
+    ends = platform.end_offsets()
+    assert {p: row["end_offset"] for p, row in ledger.items()} == ends
+    assert {row["start_offset"] for row in ledger.values()} == {0}
+    for row in ledger.values():
+        kinds = ("events", "invalid", "duplicates", "conflicting")
+        assert row["end_offset"] == row["bronze"] == sum(row[kind] for kind in kinds)
+    totals = {name: sum(row[name] for row in ledger.values()) for name in ("duplicates", "conflicting", "late_added")}
+    assert totals == {"duplicates": 1, "conflicting": 1, "late_added": 1}
+    rejects = platform.lake().query('SELECT partition, "offset", disposition FROM t', t="silver/rejects")
+    dispositions = {(partition, offset): found for partition, offset, found in rejects}
+    assert {name: dispositions[offset] for offset, name in dropped.items()} == {name: name for name in dropped.values()}
+    # Gold too: the late event's window is counted again.
+    platform.assert_conserved()
+    platform.resume()
+
+
 def test_a_dag_runs_green_on_the_cluster(platform: Platform) -> None:
     base = f"http://{ADDRESS}:8087"
 
