@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 from airflow.providers.apache.spark.operators.spark_submit import SparkSubmitOperator
-from airflow.sdk import DAG
+from airflow.sdk import DAG, CronTriggerTimetable
 
 RELEASE = "/opt/pipeline/current"
 PYTHON = f"{RELEASE}/venv/bin/python"
@@ -13,8 +13,8 @@ PYTHON = f"{RELEASE}/venv/bin/python"
 with DAG(
     dag_id="lake_compaction",
     description="Joins the small files the streams write and removes what no reader needs any more",
-    schedule="@hourly",
-    start_date=datetime(2025, 1, 1, tzinfo=UTC),
+    # Without a start date the first run is the next hour's: a new platform has enough to do with starting.
+    schedule=CronTriggerTimetable("0 * * * *", timezone="UTC", run_immediately=False),
     catchup=False,
     max_active_runs=1,
     dagrun_timeout=timedelta(minutes=50),
