@@ -98,10 +98,10 @@ def test_golden(shop: Lake) -> None:
     ]
     late = silver.EVENTS.read(shop.spark, shop.settings).where("offset = 7").first()
     assert late is not None
-    assert (late["event_id"], late["event_time"]) == ("evt_d", datetime(2025, 11, 29, 12, 5))
+    assert (late["event_id"], late["event_time"]) == ("evt_00000004", datetime(2025, 11, 29, 12, 5))
     duplicate = silver.REJECTS.read(shop.spark, shop.settings).where("offset = 8").first()
     assert duplicate is not None
-    assert json.loads(duplicate["value"])["event_id"] == "evt_d"
+    assert json.loads(duplicate["value"])["event_id"] == "evt_00000004"
     assert duplicate["codes"] == []
 
 

@@ -60,8 +60,9 @@ def _parser() -> argparse.ArgumentParser:
         "compact",
         parents=[common],
         help="compact the lake's tables",
-        description="Joins small files of every table and removes files past the tables' retention.",
+        description="Joins small files of every table.",
     )
+    job.add_argument("--vacuum", action="store_true", help="also remove files past the tables' retention")
     job.add_argument("--json", action="store_true", help="print the result as JSON")
     account = commands.add_parser(
         "account",
@@ -171,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(account.run(settings), args.json)
     from clickstream import compact
 
-    results = compact.run(settings)
+    results = compact.run(settings, args.vacuum)
     if args.json:
         print(json.dumps(results))
     else:
