@@ -74,7 +74,7 @@ lake_vacuum = compaction(
     "lake_vacuum",
     "40 3 * * *",
     "Removes files that no reader needs any more",
-    "Compaction leaves the joined files behind for readers of older versions. This run removes those that are past the\n"
-    "table's retention (Delta VACUUM).",
+    "Compaction leaves the joined files behind for readers of older versions. This run removes those that are past\n"
+    "the table's retention (Delta VACUUM).",
     ["compact", "--vacuum"],
 )
