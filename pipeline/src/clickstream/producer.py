@@ -28,7 +28,7 @@ from kafka.errors import KafkaError
 from clickstream import catalogue, sdnotify
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 log = logging.getLogger("ecom-producer")
 
@@ -139,6 +139,7 @@ class Options:
     seed: int | None
     first_id: int | None
     quiet: bool
+    dry_run: bool
 
     @property
     def total(self) -> int | None:
@@ -149,6 +150,13 @@ class Options:
     def max_unacknowledged(self) -> int:
         """Bounds the memory while the broker is away, and what a crash can lose."""
         return max(100, min(50_000, math.ceil(self.rate * 5)))
+
+    def turns(self) -> Iterable[int]:
+        """One for each event of the run."""
+        return itertools.count() if self.total is None else range(self.total)
+
+    def shop(self) -> Shop:
+        return Shop(users=self.users, products=self.products, seed=self.seed, first_id=self.first_id)
 
 
 def sent_line(event: Event, partition: int, offset: int) -> str:
@@ -295,11 +303,11 @@ def run(options: Options, stop: threading.Event) -> int:
     print("\nStarting event production...", flush=True)
     print("=" * 60, flush=True)
 
-    events = iter(Shop(users=options.users, products=options.products, seed=options.seed, first_id=options.first_id))
+    events = options.shop()
     pacer = Pacer(options.rate)
     next_status = 0.0
     complete = True
-    for _ in itertools.count() if options.total is None else range(options.total):
+    for _ in options.turns():
         delay = pacer.delay()
         if (delay and stop.wait(delay)) or stop.is_set():
             break
@@ -320,6 +328,25 @@ def run(options: Options, stop: threading.Event) -> int:
     if options.total is None:
         return 0
     return 1 if sender.failed or not complete else 0
+
+
+def dry_run(options: Options, stop: threading.Event) -> int:
+    """Prints the events as JSON lines. A bounded run does not wait; an endless one keeps its pace."""
+    events = options.shop()
+    pacer = Pacer(options.rate) if options.total is None else None
+    out = sys.stdout.buffer
+    try:
+        for _ in options.turns():
+            if stop.wait(pacer.delay() if pacer else 0):
+                break
+            out.write(orjson.dumps(next(events)) + b"\n")
+            if pacer:
+                out.flush()
+        out.flush()
+    except BrokenPipeError:
+        # The reader has what it wanted. What is still buffered must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _positive(kind: type[int] | type[float]) -> Callable[[str], Any]:
@@ -358,6 +385,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     parser.add_argument("--seed", type=int, help="repeat the same shop; ids then start at evt_00000001")
     parser.add_argument("--first-id", type=_positive(int), help="number of the first event_id")
     parser.add_argument("--quiet", action="store_true", help="no line per event")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the events as JSON lines instead of sending them; without waiting, unless --duration is 0",
+    )
     args = parser.parse_args(argv)
     star = int(catalogue.HIGH_INTEREST_PRODUCT.removeprefix("prod_"))
     if args.products <= star:
@@ -376,7 +408,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    return run(options, stop)
+    return dry_run(options, stop) if options.dry_run else run(options, stop)
 
 
 if __name__ == "__main__":
