@@ -177,6 +177,7 @@ def test_one_rate_for_all_is_spread_evenly() -> None:
         (["--faults", "all=0.05", "--late-by", "600"], "the watermark's 600"),
         (["--faults", "all=0.05", "--late-by", "604800"], "the age limit's 604800"),
         (["--truth", "t", "--dry-run"], "leave out --dry-run"),
+        (["--progress", "--dry-run"], "--progress is of acknowledged records; leave out --dry-run"),
         (["--truth", "/"], "name another file"),
     ],
 )

@@ -218,3 +218,33 @@ def test_an_endless_dry_run_ends_when_it_is_told_to() -> None:
         process.terminate()
         process.stdout.read()
         assert process.wait(timeout=30) == 0
+
+
+class Account:
+    """A sender's figures, as they are at each look; ends after the last one."""
+
+    def __init__(self, clock: Clock, *figures: tuple[int, int]) -> None:
+        self.sent = self.failed = 0
+        self._clock = clock
+        self._figures = iter(figures)
+
+    def wait(self, seconds: float) -> bool:
+        self._clock.now += seconds
+        self.sent, self.failed = next(self._figures, (-1, -1))
+        return self.sent < 0
+
+
+@pytest.mark.parametrize(
+    ("total", "lines"),
+    [
+        (100, ["25/100 acknowledged, 5.0/s", "25/100 acknowledged, 0.0/s", "99/100 acknowledged, 14.8/s, 1 failed"]),
+        (None, ["25 acknowledged, 5.0/s", "25 acknowledged, 0.0/s", "99 acknowledged, 14.8/s, 1 failed"]),
+    ],
+)
+def test_progress_is_told_on_stderr(total: int | None, lines: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    run = Account(clock, (25, 0), (25, 0), (99, 1))
+    producer.tell_progress(run, total, run, clock)  # type: ignore[arg-type]
+    told = capsys.readouterr()
+    assert told.err.splitlines() == lines
+    assert not told.out

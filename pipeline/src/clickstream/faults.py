@@ -12,7 +12,8 @@ what Silver keeps and refuses can be measured against what was sent, position by
 
 Of an event and its repetition Silver keeps one; when both are in one batch, it may be the later one. So compare these
 by event_id, the others by offset. An event is repeated at most once, so that there is one answer to each id. The
-truth assumes that the broker took every record: a run that reports failures measures nothing.
+truth assumes that the broker took every record: a run that reports failures measures nothing. It also assumes that the
+ids are new: a second run with the same --seed against the same lake needs a --first-id of its own.
 """
 
 from __future__ import annotations

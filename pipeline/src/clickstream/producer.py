@@ -39,6 +39,7 @@ Event = dict[str, Any]
 SESSION_GAP_SECONDS = 30 * 60
 # A bounded run gives up when this long passes without the broker accepting anything.
 GIVE_UP_SECONDS = 60.0
+PROGRESS_SECONDS = 5.0
 
 
 def iso_millis(moment: float) -> str:
@@ -145,6 +146,7 @@ class Options:
     faults: dict[str, float] | None
     late_by: float
     truth: Path | None
+    progress: bool
 
     @property
     def total(self) -> int | None:
@@ -311,6 +313,18 @@ class Sender:
                 self.truth = None
 
 
+def tell_progress(
+    sender: Sender, total: int | None, ended: threading.Event, clock: Callable[[], float] = time.monotonic
+) -> None:
+    """A line on stderr every few seconds; in a thread of its own, so also while the run waits for the broker."""
+    before, then = sender.sent, clock()
+    while not ended.wait(PROGRESS_SECONDS):
+        sent, failed, now = sender.sent, sender.failed, clock()
+        line = f"{sent}{'' if total is None else f'/{total}'} acknowledged, {(sent - before) / (now - then):.1f}/s"
+        print(line + (f", {failed} failed" if failed else ""), file=sys.stderr, flush=True)
+        before, then = sent, now
+
+
 def run(options: Options, stop: threading.Event) -> int:
     sender = Sender(options, stop)
     watchdog = sdnotify.Watchdog()
@@ -334,6 +348,9 @@ def run(options: Options, stop: threading.Event) -> int:
     print("\nStarting event production...", flush=True)
     print("=" * 60, flush=True)
 
+    ended = threading.Event()
+    if options.progress:
+        threading.Thread(target=tell_progress, args=(sender, options.total, ended), daemon=True).start()
     records = options.records()
     pacer = Pacer(options.rate)
     next_status = 0.0
@@ -353,6 +370,7 @@ def run(options: Options, stop: threading.Event) -> int:
 
     sdnotify.notify("STOPPING=1")
     sender.close()
+    ended.set()
     print(f"Producer closed. Total events sent: {sender.sent}", flush=True)
     if sender.failed or not complete:
         log.error("%d events were not acknowledged", sender.failed)
@@ -439,6 +457,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     parser.add_argument(
         "--truth", type=Path, metavar="FILE", help="a new file; a JSON line for each acknowledged record: what it is"
     )
+    parser.add_argument(
+        "--progress", action="store_true", help=f"every {PROGRESS_SECONDS:g} s, a line on stderr: what is acknowledged"
+    )
     args = parser.parse_args(argv)
     star = int(catalogue.HIGH_INTEREST_PRODUCT.removeprefix("prod_"))
     if args.products <= star:
@@ -452,8 +473,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
             faults.limit("max_clock_skew")
         except ValueError as error:
             parser.error(f"--late-by: {error}")
-    if args.truth and args.dry_run:
-        parser.error("--truth is of acknowledged records; leave out --dry-run")
+    if args.dry_run and (args.truth or args.progress):
+        name = "--truth" if args.truth else "--progress"
+        parser.error(f"{name} is of acknowledged records; leave out --dry-run")
     if args.truth and args.truth.exists():
         parser.error(f"--truth: {args.truth} exists; name another file, or move it away")
     return Options(**vars(args))
