@@ -145,40 +145,51 @@ def test_bad_input_is_kept_with_its_reasons(platform: Platform) -> None:
     platform.resume()
 
 
-def test_what_deduplication_dropped_is_accounted_for(platform: Platform) -> None:
-    """Duplicates, and an event older than the watermark, through a topic that the shop writes to as well."""
-
-    def value(**changes: Any) -> tuple[bytes, bytes]:
-        return b"user_0042", encoded(**changes)
-
-    now = datetime.now(UTC)
-    old = (now - timedelta(minutes=20)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    stamp = now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    first = {"event_id": f"evt_{time.time_ns():020d}", "timestamp": stamp}
-    good = platform.send([("first", *value(**first)), ("late", *value(timestamp=old))])
-    dropped = platform.send([("duplicate", *value(**first)), ("conflicting_duplicate", *value(**first, price=1))])
-    platform.known_bad |= dropped
+def test_every_wrong_record_is_told_from_every_right_one(platform: Platform) -> None:
+    """Faults of every kind among the shop's events: what became of each offset, against the producer's truth."""
+    began = platform.end_offsets()
+    faults = "--rate 100 --duration 12 --quiet --faults all=0.25 --truth /tmp/truth.jsonl"
+    platform.run(f"rm -f /tmp/truth.jsonl; ecom-producer {faults}")
+    truth = [json.loads(line) for line in platform.run("cat /tmp/truth.jsonl").splitlines()]
+    assert len(truth) == 1200
     platform.run("sudo systemctl stop ecom-producer")
     platform.wait_for_streams()
-    before = {offset for table in ("events", "rejects") for offset in platform.lake().offsets(f"silver/{table}")}
-    assert not before & set(dropped), "the stream kept a duplicate"
-    assert {name for offset, name in good.items() if offset not in before} == {"late"}
-
     report = platform.account()
     assert report["unexplained"] == []
-    ledger = {row["partition"]: row for row in report["ledger"]}
-    ends = platform.end_offsets()
-    assert {p: row["end_offset"] for p, row in ledger.items()} == ends
-    assert {row["start_offset"] for row in ledger.values()} == {0}
-    for row in ledger.values():
+    assert {row["partition"]: row["end_offset"] for row in report["ledger"]} == platform.end_offsets()
+    for row in report["ledger"]:
         kinds = ("events", "invalid", "duplicates", "conflicting")
-        assert row["end_offset"] == row["bronze"] == sum(row[kind] for kind in kinds)
-    totals = {name: sum(row[name] for row in ledger.values()) for name in ("duplicates", "conflicting", "late_added")}
-    assert totals == {"duplicates": 1, "conflicting": 1, "late_added": 1}
-    rejects = platform.lake().query('SELECT partition, "offset", disposition FROM t', t="silver/rejects")
-    dispositions = {(partition, offset): found for partition, offset, found in rejects}
-    assert {name: dispositions[offset] for offset, name in dropped.items()} == {name: name for name in dropped.values()}
-    # Gold too: the late event's window is counted again.
+        assert row["end_offset"] - row["start_offset"] == row["bronze"] == sum(row[kind] for kind in kinds)
+
+    lake = platform.lake()
+    became = dict.fromkeys(lake.offsets("silver/events"), ("event", ""))
+    for partition, offset, disposition, codes in lake.query(
+        'SELECT partition, "offset", disposition, codes FROM t', t="silver/rejects"
+    ):
+        became[partition, offset] = (disposition, codes)
+    repeated = {entry["event_id"] for entry in truth if entry["kind"] in ("duplicate", "conflicting")}
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for entry in truth:
+        offset = (entry["partition"], entry["offset"])
+        found, codes = became[offset]
+        if found != "event":
+            platform.known_bad[offset] = entry["kind"]
+        if entry["event_id"] in repeated and entry["expect"] != "invalid":
+            # Silver keeps one of the two; which one is its own business.
+            pairs.setdefault(entry["event_id"], []).append((entry["expect"], found))
+        else:
+            assert found == {"late": "event"}.get(entry["expect"], entry["expect"]), (entry, codes)
+            assert entry["code"] is None or entry["code"] in codes, (entry, codes)
+    for event_id, both in pairs.items():
+        assert sorted(expect for expect, _ in both) == sorted(found for _, found in both), (event_id, both)
+    wrong = {
+        offset
+        for offset, (found, _) in became.items()
+        if offset[1] >= began[offset[0]] and found != "event" and offset not in platform.known_bad
+    }
+    assert not wrong, f"refused, and nothing was wrong with them: {sorted(wrong)[:10]}"
+    assert sum(row["late_added"] for row in report["ledger"]) > 0
+    # Gold too: the windows of late events are counted again.
     platform.assert_conserved()
     platform.resume()
 
