@@ -50,6 +50,10 @@ consume: $(VENV) ## The first ten events of the topic
 lag: $(VENV) ## How far each stream is behind the topic
 	@$(PLATFORM) run kafka -- kafka-consumer-groups --bootstrap-server localhost:9092 --describe --all-groups
 
+.PHONY: account
+account: $(VENV) ## Account for every offset: classify what deduplication dropped, print the ledger
+	@$(PLATFORM) run pipeline -- sudo -u pipeline clickstream account
+
 .PHONY: latency
 latency: $(VENV) ## Seconds from an event's timestamp to its count in the mart, over a minute
 	@$(PLATFORM) run pipeline -- sudo -u pipeline clickstream latency $(ARGS)

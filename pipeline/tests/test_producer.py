@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
+import subprocess
+import sys
+import threading
 from collections import Counter
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
@@ -175,3 +180,71 @@ def test_the_environment_names_the_broker_and_a_flag_wins(monkeypatch: pytest.Mo
     options = parse_args([])
     assert (options.bootstrap_servers, options.topic) == (["a:9092", "b:9092"], "other")
     assert parse_args(["--bootstrap-servers", "c:1"]).bootstrap_servers == ["c:1"]
+
+
+def dry_run(*argv: str) -> subprocess.Popen[bytes]:
+    package = str(Path(producer.__file__).parents[1])
+    command = [sys.executable, "-m", "clickstream.producer", "--dry-run", "--bootstrap-servers", "nowhere:1", *argv]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": package}
+    )
+
+
+def test_a_dry_run_prints_its_events_and_nothing_else(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    options = parse_args(["--dry-run", "--seed", "1", "--duration", "6000"])
+    assert producer.dry_run(options, threading.Event()) == 0
+    printed = capfdbinary.readouterr()
+    events = [json.loads(line) for line in printed.out.splitlines()]
+    assert len(events) == 30_000
+    assert not printed.err
+    assert [e["event_id"] for e in events] == [e["event_id"] for e in take(30_000, seed=1)]
+
+
+def test_a_dry_run_needs_no_broker_and_its_reader_may_leave_early() -> None:
+    with dry_run("--duration", "0", "--rate", "100000") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        first = json.loads(process.stdout.readline())
+        process.stdout.close()
+        assert process.wait(timeout=30) == 0
+        assert process.stderr.read() == b""
+    assert len(first) == 10
+
+
+def test_an_endless_dry_run_ends_when_it_is_told_to() -> None:
+    with dry_run("--duration", "0", "--rate", "50") as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.terminate()
+        process.stdout.read()
+        assert process.wait(timeout=30) == 0
+
+
+class Account:
+    """A sender's figures, as they are at each look; ends after the last one."""
+
+    def __init__(self, clock: Clock, *figures: tuple[int, int]) -> None:
+        self.sent = self.failed = 0
+        self._clock = clock
+        self._figures = iter(figures)
+
+    def wait(self, seconds: float) -> bool:
+        self._clock.now += seconds
+        self.sent, self.failed = next(self._figures, (-1, -1))
+        return self.sent < 0
+
+
+@pytest.mark.parametrize(
+    ("total", "lines"),
+    [
+        (100, ["25/100 acknowledged, 5.0/s", "25/100 acknowledged, 0.0/s", "99/100 acknowledged, 14.8/s, 1 failed"]),
+        (None, ["25 acknowledged, 5.0/s", "25 acknowledged, 0.0/s", "99 acknowledged, 14.8/s, 1 failed"]),
+    ],
+)
+def test_progress_is_told_on_stderr(total: int | None, lines: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    run = Account(clock, (25, 0), (25, 0), (99, 1))
+    producer.tell_progress(run, total, run, clock)  # type: ignore[arg-type]
+    told = capsys.readouterr()
+    assert told.err.splitlines() == lines
+    assert not told.out

@@ -10,7 +10,7 @@ import pytest
 from conftest import NOW, event, without
 from pyspark.sql import functions as F  # noqa: N812
 
-from clickstream import rules, silver
+from clickstream import faults, rules, silver
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -223,3 +223,10 @@ def test_a_rejects_bytes_and_place_are_kept(spark: SparkSession, settings: Setti
     assert (bytes(reject["key"]), bytes(reject["value"])) == (b"\xff\x00", blob)
     assert (reject["topic"], reject["partition"], reject["offset"]) == ("t", 2, 7)
     assert (reject["disposition"], reject["ruleset_version"]) == ("invalid", rules.RULESET_VERSION)
+
+
+def test_a_malformed_record_fails_the_rule_that_its_truth_names(spark: SparkSession, settings: Settings) -> None:
+    """The producer's faults and the rules agree on what is wrong."""
+    found = check(spark, settings, [make(event()) for _, make in faults.MALFORMED])
+    for (code, _), codes in zip(faults.MALFORMED, found, strict=True):
+        assert code in codes

@@ -249,6 +249,24 @@ class Platform:
         wait_until(drained, 180, "everything sent has reached Gold")
         return ends
 
+    def wait_for_streams(self) -> None:
+        """Wait until Bronze and Silver have committed all that is in the topic, by the positions they publish."""
+
+        def committed() -> bool:
+            ends = self.end_offsets()
+            for group in ("ecom-bronze", "ecom-silver"):
+                consumer = KafkaConsumer(bootstrap_servers=f"{ADDRESS}:9092", group_id=group, enable_auto_commit=False)
+                found = {p: consumer.committed(TopicPartition(TOPIC, p)) for p in ends}
+                consumer.close()
+                assert found == ends, f"{group} is at {found} of {ends}"
+            return True
+
+        wait_until(committed, 120, "Bronze and Silver committed everything sent")
+
+    def account(self) -> dict[str, Any]:
+        """`clickstream account` in the guest."""
+        return dict(json.loads(self.run("sudo -u pipeline clickstream account --json")))
+
     def resume(self) -> None:
         """Start the shop again."""
         self.run("sudo systemctl start ecom-producer")

@@ -145,6 +145,55 @@ def test_bad_input_is_kept_with_its_reasons(platform: Platform) -> None:
     platform.resume()
 
 
+def test_every_wrong_record_is_told_from_every_right_one(platform: Platform) -> None:
+    """Faults of every kind among the shop's events: what became of each offset, against the producer's truth."""
+    began = platform.end_offsets()
+    faults = "--rate 100 --duration 12 --quiet --faults all=0.25 --truth /tmp/truth.jsonl"
+    platform.run(f"rm -f /tmp/truth.jsonl; ecom-producer {faults}")
+    truth = [json.loads(line) for line in platform.run("cat /tmp/truth.jsonl").splitlines()]
+    assert len(truth) == 1200
+    platform.run("sudo systemctl stop ecom-producer")
+    platform.wait_for_streams()
+    report = platform.account()
+    assert report["unexplained"] == []
+    assert {row["partition"]: row["end_offset"] for row in report["ledger"]} == platform.end_offsets()
+    for row in report["ledger"]:
+        kinds = ("events", "invalid", "duplicates", "conflicting")
+        assert row["end_offset"] - row["start_offset"] == row["bronze"] == sum(row[kind] for kind in kinds)
+
+    lake = platform.lake()
+    became = dict.fromkeys(lake.offsets("silver/events"), ("event", ""))
+    for partition, offset, disposition, codes in lake.query(
+        'SELECT partition, "offset", disposition, codes FROM t', t="silver/rejects"
+    ):
+        became[partition, offset] = (disposition, codes)
+    repeated = {entry["event_id"] for entry in truth if entry["kind"] in ("duplicate", "conflicting")}
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for entry in truth:
+        offset = (entry["partition"], entry["offset"])
+        found, codes = became[offset]
+        if found != "event":
+            platform.known_bad[offset] = entry["kind"]
+        if entry["event_id"] in repeated and entry["expect"] != "invalid":
+            # Silver keeps one of the two; which one is its own business.
+            pairs.setdefault(entry["event_id"], []).append((entry["expect"], found))
+        else:
+            assert found == {"late": "event"}.get(entry["expect"], entry["expect"]), (entry, codes)
+            assert entry["code"] is None or entry["code"] in codes, (entry, codes)
+    for event_id, both in pairs.items():
+        assert sorted(expect for expect, _ in both) == sorted(found for _, found in both), (event_id, both)
+    wrong = {
+        offset
+        for offset, (found, _) in became.items()
+        if offset[1] >= began[offset[0]] and found != "event" and offset not in platform.known_bad
+    }
+    assert not wrong, f"refused, and nothing was wrong with them: {sorted(wrong)[:10]}"
+    assert sum(row["late_added"] for row in report["ledger"]) > 0
+    # Gold too: the windows of late events are counted again.
+    platform.assert_conserved()
+    platform.resume()
+
+
 def test_a_dag_runs_green_on_the_cluster(platform: Platform) -> None:
     base = f"http://{ADDRESS}:8087"
 

@@ -149,6 +149,6 @@ def test_the_streams_stop_in_order_and_go_on_where_they_were(
 
 def test_compaction_by_hand_changes_no_row(host: Host, tmp_path: Path, lake: Lake) -> None:
     before = set(Lake(host, tmp_path / "before").offsets("silver/events"))
-    said = host.check_output("cd /tmp && runuser -u pipeline -- clickstream compact --json 2>/dev/null")
+    said = host.check_output("cd /tmp && runuser -u pipeline -- clickstream compact --vacuum --json 2>/dev/null")
     assert "silver.events" in said
     assert set(Lake(host, tmp_path / "after").offsets("silver/events")) == before

@@ -60,9 +60,18 @@ def _parser() -> argparse.ArgumentParser:
         "compact",
         parents=[common],
         help="compact the lake's tables",
-        description="Joins small files of every table and removes files past the tables' retention.",
+        description="Joins small files of every table.",
     )
+    job.add_argument("--vacuum", action="store_true", help="also remove files past the tables' retention")
     job.add_argument("--json", action="store_true", help="print the result as JSON")
+    account = commands.add_parser(
+        "account",
+        parents=[common],
+        help="account for every offset",
+        description="Classifies what the streams' deduplication dropped, adds late events to silver.events, and prints "
+        "the ledger of the newly closed offsets. Exits 1, naming offsets, when one is unexplained.",
+    )
+    account.add_argument("--json", action="store_true", help="print the result as JSON")
     show = commands.add_parser(
         "show",
         parents=[common],
@@ -121,6 +130,18 @@ def _show(settings: Settings, limit: int, count_only: bool) -> int:
     return 0
 
 
+def _report(report: dict[str, Any], as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(report))
+    elif report["ledger"]:
+        _print_table(report["ledger"])
+    else:
+        print("no offset was closed since the last run")
+    for topic, partition, offset in report["unexplained"]:
+        print(f"clickstream: unexplained: {topic}/{partition} offset {offset}", file=sys.stderr)
+    return 1 if report["unexplained"] else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
@@ -145,9 +166,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         from clickstream import streams
 
         return streams.run(settings, args.queries)
+    if args.command == "account":
+        from clickstream import account
+
+        return _report(account.run(settings), args.json)
     from clickstream import compact
 
-    results = compact.run(settings)
+    results = compact.run(settings, args.vacuum)
     if args.json:
         print(json.dumps(results))
     else:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from delta.tables import DeltaTable
 
-from clickstream import bronze, gold, silver
+from clickstream import account, bronze, gold, silver
 from clickstream.lake import retry_conflicts
 from clickstream.session import spark_session
 from clickstream.settings import size_bytes
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("clickstream")
 
-TABLES: tuple[Table, ...] = (*bronze.TABLES, *silver.TABLES, *gold.TABLES)
+TABLES: tuple[Table, ...] = (*bronze.TABLES, *silver.TABLES, account.LEDGER, *gold.TABLES)
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,21 @@ def _size(spark: SparkSession, path: str) -> tuple[int, int]:
     return int(detail["numFiles"]), int(detail["sizeInBytes"])
 
 
-def compact_table(spark: SparkSession, settings: Settings, table: Table) -> Result:
+def compact_table(spark: SparkSession, settings: Settings, table: Table, vacuum: bool) -> Result:
     path = settings.table(table.name)
     started = time.monotonic()
     before, _ = _size(spark, path)
     # The streams go on writing meanwhile: their appends never conflict with this, and where Gold replaces a
     # window that is being compacted, one of the two runs again.
     retry_conflicts(lambda: DeltaTable.forPath(spark, path).optimize().executeCompaction())
-    # The table's own retention decides what is old enough, so that the job and the table cannot disagree.
-    DeltaTable.forPath(spark, path).vacuum()
+    if vacuum:
+        # The table's own retention decides what is old enough, so that the job and the table cannot disagree.
+        DeltaTable.forPath(spark, path).vacuum()
     after, size = _size(spark, path)
     return Result(table.name, before, after, size, round(time.monotonic() - started, 1))
 
 
-def compact(spark: SparkSession, settings: Settings) -> list[Result]:
+def compact(spark: SparkSession, settings: Settings, vacuum: bool = True) -> list[Result]:
     options = {
         "spark.databricks.delta.optimize.maxFileSize": str(size_bytes(settings.compact_target_size)),
         "spark.databricks.delta.vacuum.parallelDelete.enabled": "true",
@@ -67,13 +68,14 @@ def compact(spark: SparkSession, settings: Settings) -> list[Result]:
         if not DeltaTable.isDeltaTable(spark, settings.table(table.name)):
             log.warning("%s does not exist yet", table.name)
             continue
-        results.append(compact_table(spark, settings, table))
+        results.append(compact_table(spark, settings, table, vacuum))
     return results
 
 
-def run(settings: Settings) -> list[dict[str, Any]]:
-    spark = spark_session(settings, "clickstream-compact")
+def run(settings: Settings, vacuum: bool) -> list[dict[str, Any]]:
+    # One core and so one executor: the streams beside it need theirs more.
+    spark = spark_session(replace(settings, spark_cores_max=1), "clickstream-compact")
     try:
-        return [asdict(result) for result in compact(spark, settings)]
+        return [asdict(result) for result in compact(spark, settings, vacuum)]
     finally:
         spark.stop()

@@ -19,16 +19,18 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
 from kafka import KafkaProducer
 from kafka.errors import KafkaError
 
-from clickstream import catalogue, sdnotify
+from clickstream import catalogue, faults, sdnotify
+from clickstream.faults import Record, Truth, TruthFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 log = logging.getLogger("ecom-producer")
 
@@ -37,6 +39,7 @@ Event = dict[str, Any]
 SESSION_GAP_SECONDS = 30 * 60
 # A bounded run gives up when this long passes without the broker accepting anything.
 GIVE_UP_SECONDS = 60.0
+PROGRESS_SECONDS = 5.0
 
 
 def iso_millis(moment: float) -> str:
@@ -139,6 +142,11 @@ class Options:
     seed: int | None
     first_id: int | None
     quiet: bool
+    dry_run: bool
+    faults: dict[str, float] | None
+    late_by: float
+    truth: Path | None
+    progress: bool
 
     @property
     def total(self) -> int | None:
@@ -150,6 +158,16 @@ class Options:
         """Bounds the memory while the broker is away, and what a crash can lose."""
         return max(100, min(50_000, math.ceil(self.rate * 5)))
 
+    def turns(self) -> Iterable[int]:
+        """One for each event of the run."""
+        return itertools.count() if self.total is None else range(self.total)
+
+    def records(self) -> Iterator[Record]:
+        shop = Shop(users=self.users, products=self.products, seed=self.seed, first_id=self.first_id)
+        if self.faults is None:
+            return faults.plain(shop)
+        return faults.Faults(shop, self.faults, seed=self.seed, late_by=self.late_by)
+
 
 def sent_line(event: Event, partition: int, offset: int) -> str:
     return (
@@ -158,8 +176,15 @@ def sent_line(event: Event, partition: int, offset: int) -> str:
     )
 
 
+def fault_note(truth: Truth) -> str:
+    """What the console line of a record that is wrong on purpose ends with."""
+    if truth.kind == "event":
+        return ""
+    return f" | Fault: {truth.kind}" + (f" ({truth.code})" if truth.code else "")
+
+
 class Sender:
-    """Sends events and keeps account of what the broker acknowledged and what it did not."""
+    """Sends records and keeps account of what the broker acknowledged and what it did not."""
 
     def __init__(self, options: Options, stop: threading.Event) -> None:
         self._options = options
@@ -168,6 +193,7 @@ class Sender:
         self._pending = 0
         self._causes: Counter[str] = Counter()
         self._producer: KafkaProducer | None = None
+        self.truth: TruthFile | None = None
         self.sent = 0
         self.failed = 0
 
@@ -195,8 +221,6 @@ class Sender:
                     reconnect_backoff_max_ms=2_000,
                     max_block_ms=5_000,
                     linger_ms=5,
-                    key_serializer=str.encode,
-                    value_serializer=orjson.dumps,
                 )
                 return True
             except KafkaError as error:
@@ -206,15 +230,18 @@ class Sender:
                 self._stop.wait(2.0)
         return False
 
-    def _done(self, event: Event, metadata: Any) -> None:
+    def _done(self, record: Record, metadata: Any) -> None:
         with self._changed:
             self._pending -= 1
             self.sent += 1
             first = self.sent == 1
             self._causes.clear()
+            if self.truth:
+                self.truth.write(metadata.topic, metadata.partition, metadata.offset, record.truth)
             self._changed.notify_all()
         if not self._options.quiet:
-            print(sent_line(event, metadata.partition, metadata.offset), flush=True)
+            line = sent_line(record.event, metadata.partition, metadata.offset)
+            print(line + fault_note(record.truth), flush=True)
         if first:
             sdnotify.notify("READY=1")
 
@@ -236,17 +263,20 @@ class Sender:
                     told = True
                     log.warning("waiting for the broker: %d events are not acknowledged yet", self._pending)
 
-    def send(self, events: Iterator[Event]) -> bool:
-        """Hands one event to the client; False when a bounded run should end because no broker takes it."""
+    def send(self, records: Iterator[Record]) -> bool:
+        """Hands one record to the client; False when a bounded run should end because no broker takes it."""
         deadline = time.monotonic() + GIVE_UP_SECONDS
+        record = None
         while not self._stop.is_set():
-            event = next(events)
+            # A new try is a new event, with the time of now. With faults it is not: a later one may repeat it.
+            if record is None or self._options.faults is None:
+                record = next(records)
             producer = self._producer
             assert producer is not None
             with self._changed:
                 self._pending += 1
             try:
-                future = producer.send(self._options.topic, key=event["user_id"], value=event)
+                future = producer.send(self._options.topic, key=record.key, value=record.value)
             except KafkaError as error:
                 with self._changed:
                     self._pending -= 1
@@ -260,7 +290,7 @@ class Sender:
                         return False
                 self._stop.wait(1.0)
                 continue
-            future.add_callback(partial(self._done, event))
+            future.add_callback(partial(self._done, record))
             future.add_errback(self._undelivered)
             return True
         return True
@@ -278,6 +308,21 @@ class Sender:
             # What never got an answer counts as failed: better one too many than a loss unseen.
             self.failed += self._pending
             self._pending = 0
+            if self.truth:
+                self.truth.close()
+                self.truth = None
+
+
+def tell_progress(
+    sender: Sender, total: int | None, ended: threading.Event, clock: Callable[[], float] = time.monotonic
+) -> None:
+    """A line on stderr every few seconds; in a thread of its own, so also while the run waits for the broker."""
+    before, then = sender.sent, clock()
+    while not ended.wait(PROGRESS_SECONDS):
+        sent, failed, now = sender.sent, sender.failed, clock()
+        line = f"{sent}{'' if total is None else f'/{total}'} acknowledged, {(sent - before) / (now - then):.1f}/s"
+        print(line + (f", {failed} failed" if failed else ""), file=sys.stderr, flush=True)
+        before, then = sent, now
 
 
 def run(options: Options, stop: threading.Event) -> int:
@@ -291,20 +336,31 @@ def run(options: Options, stop: threading.Event) -> int:
             ",".join(options.bootstrap_servers),
         )
         return 1
+    truth = None
+    if options.truth:
+        try:
+            truth = sender.truth = TruthFile(options.truth)
+        except OSError as error:
+            log.error("--truth: %s", error)
+            sender.close()
+            return 1
     print(f"Kafka Producer connected to {options.bootstrap_servers}", flush=True)
     print("\nStarting event production...", flush=True)
     print("=" * 60, flush=True)
 
-    events = iter(Shop(users=options.users, products=options.products, seed=options.seed, first_id=options.first_id))
+    ended = threading.Event()
+    if options.progress:
+        threading.Thread(target=tell_progress, args=(sender, options.total, ended), daemon=True).start()
+    records = options.records()
     pacer = Pacer(options.rate)
     next_status = 0.0
     complete = True
-    for _ in itertools.count() if options.total is None else range(options.total):
+    for _ in options.turns():
         delay = pacer.delay()
         if (delay and stop.wait(delay)) or stop.is_set():
             break
         sender.wait_for_room(watchdog)
-        if not sender.send(events):
+        if not sender.send(records):
             complete = False
             break
         watchdog.ping()
@@ -314,12 +370,38 @@ def run(options: Options, stop: threading.Event) -> int:
 
     sdnotify.notify("STOPPING=1")
     sender.close()
+    ended.set()
     print(f"Producer closed. Total events sent: {sender.sent}", flush=True)
     if sender.failed or not complete:
         log.error("%d events were not acknowledged", sender.failed)
+    if truth and truth.error:
+        log.error("--truth is not complete: %s", truth.error)
+        return 1
     if options.total is None:
         return 0
     return 1 if sender.failed or not complete else 0
+
+
+def dry_run(options: Options, stop: threading.Event) -> int:
+    """Prints the events as JSON lines. A bounded run does not wait; an endless one keeps its pace."""
+    records = options.records()
+    pacer = Pacer(options.rate) if options.total is None else None
+    out = sys.stdout.buffer
+    try:
+        for _ in options.turns():
+            if stop.wait(pacer.delay() if pacer else 0):
+                break
+            record = next(records)
+            # With faults a value need not be JSON, nor one line.
+            line = record.value if options.faults is None else orjson.dumps(faults.readable(record))
+            out.write((line or b"") + b"\n")
+            if pacer:
+                out.flush()
+        out.flush()
+    except BrokenPipeError:
+        # The reader has what it wanted. What is still buffered must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _positive(kind: type[int] | type[float]) -> Callable[[str], Any]:
@@ -358,6 +440,26 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     parser.add_argument("--seed", type=int, help="repeat the same shop; ids then start at evt_00000001")
     parser.add_argument("--first-id", type=_positive(int), help="number of the first event_id")
     parser.add_argument("--quiet", action="store_true", help="no line per event")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the events as JSON lines instead of sending them; without waiting, unless --duration is 0",
+    )
+    parser.add_argument(
+        "--faults",
+        type=faults.parse_rates,
+        metavar="NAME=RATE,...",
+        help=f"make these shares of the records wrong: {', '.join(faults.KINDS)}; all=RATE is spread over all of them",
+    )
+    parser.add_argument(
+        "--late-by", type=float, default=faults.LATE_BY_SECONDS, metavar="SECONDS", help="age of the late events"
+    )
+    parser.add_argument(
+        "--truth", type=Path, metavar="FILE", help="a new file; a JSON line for each acknowledged record: what it is"
+    )
+    parser.add_argument(
+        "--progress", action="store_true", help=f"every {PROGRESS_SECONDS:g} s, a line on stderr: what is acknowledged"
+    )
     args = parser.parse_args(argv)
     star = int(catalogue.HIGH_INTEREST_PRODUCT.removeprefix("prod_"))
     if args.products <= star:
@@ -365,6 +467,17 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     args.bootstrap_servers = [s.strip() for s in args.bootstrap_servers.split(",") if s.strip()]
     if not args.bootstrap_servers:
         parser.error("--bootstrap-servers is empty")
+    if args.faults is not None:
+        try:
+            faults.check_late_by(args.late_by)
+            faults.limit("max_clock_skew")
+        except ValueError as error:
+            parser.error(f"--late-by: {error}")
+    if args.dry_run and (args.truth or args.progress):
+        name = "--truth" if args.truth else "--progress"
+        parser.error(f"{name} is of acknowledged records; leave out --dry-run")
+    if args.truth and args.truth.exists():
+        parser.error(f"--truth: {args.truth} exists; name another file, or move it away")
     return Options(**vars(args))
 
 
@@ -376,7 +489,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    return run(options, stop)
+    return dry_run(options, stop) if options.dry_run else run(options, stop)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,340 @@
+"""The bounded job that accounts for every offset: what the stream dropped is classified and kept.
+
+The stream's deduplication drops rows unseen. This job finds, in ranges that both Bronze and Silver have finished,
+the offsets that are in neither silver.events nor silver.rejects, and puts each where it belongs:
+
+  invalid                 fails a rule                                  -> silver.rejects
+  duplicate               its event_id is known, with the same content  -> silver.rejects
+  conflicting_duplicate   its event_id is known, with other content     -> silver.rejects
+  late                    valid and unknown: older than the watermark   -> silver.events, and so Gold
+
+Then it checks the conservation law, each offset exactly once in Bronze and exactly once in Silver, and writes the
+ledger. It may be stopped at any point and run again: what is already in Silver is not missing any more. Of two runs
+at once each would add the same rows, so there may only be one; the DAG and the check afterwards see to that.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from pyspark.sql import Window
+from pyspark.sql import functions as F  # noqa: N812
+
+from clickstream import bronze, silver
+from clickstream.lake import Table, append_once
+from clickstream.rules import RULESET_VERSION, check
+from clickstream.session import spark_session
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pyspark.sql import Column, DataFrame, SparkSession
+
+    from clickstream.settings import Settings
+
+log = logging.getLogger("clickstream")
+
+LEDGER = Table(
+    "silver.ledger",
+    """
+    accounted_at TIMESTAMP, topic STRING, partition INT, start_offset BIGINT, end_offset BIGINT,
+    bronze BIGINT, events BIGINT, invalid BIGINT, duplicates BIGINT, conflicting BIGINT,
+    late_added BIGINT, unexplained BIGINT, ledger_date DATE
+    """,
+    partition_by=("ledger_date",),
+)
+
+DUPLICATE = "duplicate"
+CONFLICTING = "conflicting_duplicate"
+LATE = "late"
+
+POSITION = ("topic", "partition", "offset")
+# Two events of one id are the same when these are, as values: 19.9 and 19.90 do not conflict.
+CONTENT = (
+    "event_time",
+    "user_id",
+    "session_id",
+    "product_id",
+    "product_category",
+    "event_type",
+    "device_type",
+    "page_url",
+    "price",
+)
+# How many unexplained offsets are named.
+NAMED = 20
+# Offsets are counted out in pieces of this size, so that a long range needs no long array.
+PIECE = 100_000
+
+Ends = dict[tuple[str, int], int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The ledger's new rows, one a partition, and the first offsets nobody can explain."""
+
+    ledger: list[dict[str, Any]]
+    unexplained: list[tuple[str, int, int]]
+
+
+def committed(spark: SparkSession, settings: Settings, query: str) -> Ends:
+    """Up to which offset (exclusive) a stream that reads Kafka has committed, from its checkpoint; empty before.
+
+    Of https://github.com/apache/spark: a batch N is committed when commits/N exists; offsets/N holds a version
+    line, a line of metadata, and a line of JSON for each source.
+    """
+    jvm = spark._jvm
+    assert jvm is not None
+    root = jvm.org.apache.hadoop.fs.Path(settings.checkpoint(query))
+    fs = root.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
+    commits = jvm.org.apache.hadoop.fs.Path(root, "commits")
+    if not fs.exists(commits):
+        return {}
+    batches = [int(name) for status in fs.listStatus(commits) if (name := status.getPath().getName()).isdigit()]
+    if not batches:
+        return {}
+    stream = fs.open(jvm.org.apache.hadoop.fs.Path(root, f"offsets/{max(batches)}"))
+    try:
+        text = jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8")
+    finally:
+        stream.close()
+    ends = json.loads(text.strip().splitlines()[-1])
+    return {(topic, int(p)): int(end) for topic, found in ends.items() for p, end in found.items()}
+
+
+def closed(spark: SparkSession, settings: Settings) -> Ends:
+    """Up to which offset both Bronze and Silver have committed: nothing below will be written by them again."""
+    archived = committed(spark, settings, bronze.QUERY)
+    judged = committed(spark, settings, silver.QUERY)
+    return {key: min(end, judged[key]) for key, end in archived.items() if key in judged}
+
+
+def same(left: str, right: str) -> Column:
+    """Whether two structs have the same content; a missing value equals a missing value."""
+    result = F.lit(True)
+    for name in CONTENT:
+        result = result & F.col(f"{left}.{name}").eqNullSafe(F.col(f"{right}.{name}"))
+    return result
+
+
+def classify(candidates: DataFrame, known: DataFrame) -> DataFrame:
+    """What each valid record that is not in Silver is: adds `disposition` to the candidates. Pure.
+
+    Both have `event_id`, `kafka_timestamp`, the position and the content. The record that counts is the one that
+    is in Silver, else the earliest by Kafka's clock, then by partition and offset.
+    """
+    content = F.struct(*CONTENT)
+    columns = ["event_id", *POSITION, "kafka_timestamp", "own"]
+    mine = candidates.select("*", content.alias("own"), F.lit(False).alias("is_known"))
+    theirs = (
+        known.join(F.broadcast(candidates.select("event_id").distinct()), "event_id", "left_semi")
+        .select("*", content.alias("own"))
+        .select(*columns, F.lit(True).alias("is_known"))
+    )
+    first = Window.partitionBy("event_id").orderBy(F.col("is_known").desc(), "kafka_timestamp", "partition", "offset")
+    judged = (
+        mine.select(*columns, "is_known")
+        .unionByName(theirs)
+        .withColumn("kept", F.first("own").over(first))
+        .withColumn("place", F.row_number().over(first))
+        .where(~F.col("is_known"))
+        .select(
+            *POSITION,
+            F.when(F.col("place") == 1, F.lit(LATE))
+            .when(same("own", "kept"), F.lit(DUPLICATE))
+            .otherwise(F.lit(CONFLICTING))
+            .alias("disposition"),
+        )
+    )
+    return candidates.join(judged, list(POSITION))
+
+
+def _ranges(spark: SparkSession, settings: Settings, ends: Mapping[tuple[str, int], int]) -> DataFrame:
+    """From where to where each partition is to be accounted for: topic, partition, start, end (exclusive)."""
+    rows = [(topic, partition, end) for (topic, partition), end in sorted(ends.items())]
+    until = spark.createDataFrame(rows, "topic STRING, partition INT, end BIGINT")
+    # A range with something unexplained is looked at again, with all after it.
+    done = (
+        LEDGER.read(spark, settings)
+        .groupBy("topic", "partition")
+        .agg(
+            F.min(F.when(F.col("unexplained") > 0, F.col("start_offset"))).alias("open"),
+            F.max("end_offset").alias("done"),
+        )
+        .select("topic", "partition", F.coalesce("open", "done").alias("accounted"))
+    )
+    first = bronze.CLICKSTREAM.read(spark, settings).groupBy("topic", "partition").agg(F.min("offset").alias("first"))
+    found = (
+        until.join(done, ["topic", "partition"], "left")
+        .join(first, ["topic", "partition"], "left")
+        .select("topic", "partition", F.coalesce("accounted", "first", F.lit(0)).alias("start"), "end")
+        .where("end > start")
+        .collect()
+    )
+    return spark.createDataFrame([tuple(row) for row in found], "topic STRING, partition INT, start BIGINT, end BIGINT")
+
+
+def _within(rows: DataFrame, ranges: DataFrame) -> DataFrame:
+    return (
+        rows.join(F.broadcast(ranges), ["topic", "partition"])
+        .where((F.col("offset") >= F.col("start")) & (F.col("offset") < F.col("end")))
+        .drop("start", "end")
+    )
+
+
+def _missing(spark: SparkSession, settings: Settings, ranges: DataFrame) -> DataFrame:
+    """Bronze's records that Silver has nowhere, with the rules' verdict."""
+    known = silver.EVENTS.read(spark, settings).select(*POSITION)
+    known = known.unionByName(silver.REJECTS.read(spark, settings).select(*POSITION))
+    archived = _within(bronze.CLICKSTREAM.read(spark, settings), ranges)
+    raw = archived.join(_within(known, ranges), list(POSITION), "left_anti").select(
+        *POSITION,
+        F.col("timestamp").alias("kafka_timestamp"),
+        "timestamp_type",
+        F.col("ingested_at").alias("received_at"),
+        "key",
+        "value",
+    )
+    return check(raw, settings)
+
+
+def _rejects(rows: DataFrame, disposition: str | Column) -> DataFrame:
+    return rows.select(
+        *POSITION,
+        "kafka_timestamp",
+        "timestamp_type",
+        (F.lit(disposition) if isinstance(disposition, str) else disposition).alias("disposition"),
+        "codes",
+        F.lit(RULESET_VERSION).alias("ruleset_version"),
+        F.current_timestamp().alias("rejected_at"),
+        "key",
+        "value",
+        F.current_date().alias("reject_date"),
+    )
+
+
+def complete(spark: SparkSession, settings: Settings, ranges: DataFrame) -> DataFrame:
+    """Puts every offset of the ranges that Silver lacks where it belongs. Returns topic, partition and how many
+    late events were added."""
+    checked = _missing(spark, settings, ranges).persist()
+    try:
+        invalid = checked.where(F.size("codes") > 0)
+        valid = checked.where(F.size("codes") == 0).withColumn("price", F.col("amount"))
+        candidates = valid.select(
+            *POSITION, "kafka_timestamp", "timestamp_type", "received_at", "key", "value", "codes", "e", "event_time",
+            "price", "e.event_id", "e.user_id", "e.session_id", "e.product_id", "e.product_category", "e.event_type",
+            "e.device_type", "e.page_url",
+        )  # fmt: skip
+        classified = classify(candidates, silver.EVENTS.read(spark, settings)).persist()
+        try:
+            late = classified.where(F.col("disposition") == LATE)
+            added = late.groupBy("topic", "partition").agg(F.count("*").alias("late_added")).collect()
+            dropped = _rejects(invalid, silver.INVALID).unionByName(
+                _rejects(classified.where(F.col("disposition") != LATE), F.col("disposition"))
+            )
+            # Rejects first: what a crash leaves undone is missing still, and the next run finds it.
+            version = time.time_ns() // 1_000_000
+            for table, rows in ((silver.REJECTS, dropped), (silver.EVENTS, silver.events(late))):
+                if not rows.isEmpty():
+                    append_once(rows.coalesce(1), settings.table(table.name), f"account/{table.name}", version)
+        finally:
+            classified.unpersist()
+    finally:
+        checked.unpersist()
+    return spark.createDataFrame([tuple(row) for row in added], "topic STRING, partition INT, late_added BIGINT")
+
+
+def ledger(spark: SparkSession, settings: Settings, ranges: DataFrame) -> tuple[DataFrame, DataFrame]:
+    """The conservation law over these ranges: a row of counts for each, and the offsets that break it."""
+    archived = _within(bronze.CLICKSTREAM.read(spark, settings).select(*POSITION), ranges)
+    events = _within(silver.EVENTS.read(spark, settings).select(*POSITION), ranges).withColumn("kind", F.lit("events"))
+    rejects = _within(
+        silver.REJECTS.read(spark, settings).select(*POSITION, F.col("disposition").alias("kind")), ranges
+    )
+    expected = (
+        ranges.select("topic", "partition", "end", F.explode(F.expr(f"sequence(start, end - 1, {PIECE})")).alias("at"))
+        .repartition(spark.sparkContext.defaultParallelism)
+        .select("topic", "partition", F.explode(F.expr(f"sequence(at, least(at + {PIECE}, end) - 1)")).alias("offset"))
+    )
+    in_bronze = archived.groupBy(*POSITION).agg(F.count("*").alias("bronze"))
+    in_silver = (
+        events.unionByName(rejects)
+        .groupBy(*POSITION)
+        .agg(
+            F.count("*").alias("silver"),
+            *(
+                F.count_if(F.col("kind") == kind).alias(name)
+                for name, kind in (
+                    ("events", "events"),
+                    ("invalid", silver.INVALID),
+                    ("duplicates", DUPLICATE),
+                    ("conflicting", CONFLICTING),
+                )
+            ),
+        )
+    )
+    counts = ("bronze", "silver", "events", "invalid", "duplicates", "conflicting")
+    each = (
+        expected.join(in_bronze, list(POSITION), "left")
+        .join(in_silver, list(POSITION), "left")
+        .fillna(0, list(counts))
+        .withColumn("broken", (F.col("bronze") != 1) | (F.col("silver") != 1))
+    )
+    sums = each.groupBy("topic", "partition").agg(
+        *(F.sum(name).alias(name) for name in counts if name != "silver"),
+        F.count_if("broken").alias("unexplained"),
+    )
+    return sums, each.where("broken").select(*POSITION)
+
+
+def account(spark: SparkSession, settings: Settings, ends: Mapping[tuple[str, int], int]) -> Report:
+    """Accounts for every offset below `ends` that the ledger does not have yet."""
+    for table in (*silver.TABLES, LEDGER):
+        table.ensure(spark, settings)
+    ranges = _ranges(spark, settings, ends)
+    if ranges.isEmpty():
+        return Report([], [])
+    added = complete(spark, settings, ranges)
+    sums, broken = ledger(spark, settings, ranges)
+    rows = (
+        ranges.join(sums, ["topic", "partition"])
+        .join(added, ["topic", "partition"], "left")
+        .select(
+            F.current_timestamp().alias("accounted_at"),
+            "topic",
+            "partition",
+            F.col("start").alias("start_offset"),
+            F.col("end").alias("end_offset"),
+            "bronze",
+            "events",
+            "invalid",
+            "duplicates",
+            "conflicting",
+            F.coalesce("late_added", F.lit(0)).alias("late_added"),
+            "unexplained",
+            F.current_date().alias("ledger_date"),
+        )
+        .collect()
+    )
+    entries = spark.createDataFrame([tuple(row) for row in rows], LEDGER.schema)
+    append_once(entries.coalesce(1), settings.table(LEDGER.name), f"account/{LEDGER.name}", time.time_ns() // 1_000_000)
+    named: list[tuple[str, int, int]] = []
+    if any(row["unexplained"] for row in rows):
+        named = [tuple(row) for row in broken.orderBy(*POSITION).limit(NAMED).collect()]
+    listed = [
+        {name: value for name, value in row.asDict().items() if name not in ("accounted_at", "ledger_date")}
+        for row in sorted(rows, key=lambda row: (row["topic"], row["partition"]))
+    ]
+    return Report(listed, named)
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    spark = spark_session(settings, "clickstream-account")
+    try:
+        return asdict(account(spark, settings, closed(spark, settings)))
+    finally:
+        spark.stop()

@@ -1,0 +1,201 @@
+"""The accounting job: what the stream dropped is classified, and every offset is somewhere exactly once."""
+
+from __future__ import annotations
+
+import csv
+import json
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from conftest import CASES, NOW, Topic, event
+
+from clickstream import account, bronze, lake, silver
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+    from clickstream.settings import Settings
+
+
+class Lake:
+    """Bronze and Silver over a Delta table with Kafka's columns in the place of the topic."""
+
+    def __init__(self, spark: SparkSession, settings: Settings, topic: Topic) -> None:
+        self.spark, self.settings, self.topic = spark, settings, topic
+        self.source = f"{settings.lake_uri}/topic"
+        for table in (*bronze.TABLES, *silver.TABLES):
+            table.ensure(spark, settings)
+
+    def send(self, values: list[dict[str, Any] | bytes | None], at: datetime = NOW, partition: int = 0) -> None:
+        """Appends to the topic and to Bronze, and lets Silver's real query process it."""
+        records = self.topic.records(values, at, partition).coalesce(1).persist()
+        records.write.format("delta").mode("append").save(self.source)
+        path = self.settings.table(bronze.CLICKSTREAM.name)
+        bronze.archive(records).write.format("delta").mode("append").save(path)
+        records.unpersist()
+        stream = self.spark.readStream.format("delta").option("maxFilesPerTrigger", 1).load(self.source)
+        query = silver.query(stream, self.settings, silver.writer(self.settings)).trigger(availableNow=True).start()
+        query.awaitTermination()
+
+    def account(self, **ends: int) -> account.Report:
+        """Up to these ends, `p0=13`; without any, up to the end of Bronze."""
+        if not ends:
+            rows = bronze.CLICKSTREAM.read(self.spark, self.settings).groupBy("partition").agg({"offset": "max"})
+            ends = {f"p{partition}": last + 1 for partition, last in rows.collect()}
+        closed = {("topic", int(name[1:])): end for name, end in ends.items()}
+        return account.account(self.spark, self.settings, closed)
+
+    def places(self) -> dict[int, list[str]]:
+        """Each offset of partition 0, and the tables or dispositions it is in."""
+        found: dict[int, list[str]] = {}
+        for row in silver.EVENTS.read(self.spark, self.settings).where("partition = 0").collect():
+            found.setdefault(row["offset"], []).append("events")
+        for row in silver.REJECTS.read(self.spark, self.settings).where("partition = 0").collect():
+            found.setdefault(row["offset"], []).append(row["disposition"])
+        return found
+
+
+@pytest.fixture
+def shop(spark: SparkSession, settings: Settings, topic: Topic) -> Lake:
+    return Lake(spark, settings, topic)
+
+
+def test_golden(shop: Lake) -> None:
+    """Input: a record a line, in batches. Expected: where each offset is after the stream, and after the job."""
+    batches: dict[int, list[dict[str, Any]]] = {}
+    for line in (CASES / "account/shop.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        batches.setdefault(record["batch"], []).append(record)
+    for batch in batches.values():
+        values = [event(**r["event"]) if "event" in r else r["value"].encode() for r in batch]
+        shop.send(values, at=datetime.fromisoformat(batch[0]["kafka_time"]))
+    with (CASES / "account/shop.expected.csv").open() as lines:
+        expected = list(csv.DictReader(lines))
+    streamed = {"events": "events", "invalid": "rejects"}
+    places = shop.places()
+    after_stream = {n: "/".join(streamed[p] for p in places.get(n, [])) or "dropped" for n in range(len(expected))}
+    assert after_stream == {int(row["offset"]): row["after the stream"] for row in expected}
+
+    report = shop.account()
+    assert shop.places() == {int(row["offset"]): [row["after account"]] for row in expected}
+    assert report.unexplained == []
+    assert report.ledger == [
+        {
+            "topic": "topic",
+            "partition": 0,
+            "start_offset": 0,
+            "end_offset": 13,
+            "bronze": 13,
+            "events": 5,
+            "invalid": 2,
+            "duplicates": 4,
+            "conflicting": 2,
+            "late_added": 1,
+            "unexplained": 0,
+        }
+    ]
+    late = silver.EVENTS.read(shop.spark, shop.settings).where("offset = 7").first()
+    assert late is not None
+    assert (late["event_id"], late["event_time"]) == ("evt_00000004", datetime(2025, 11, 29, 12, 5))
+    duplicate = silver.REJECTS.read(shop.spark, shop.settings).where("offset = 8").first()
+    assert duplicate is not None
+    assert json.loads(duplicate["value"])["event_id"] == "evt_00000004"
+    assert duplicate["codes"] == []
+
+
+def test_a_second_run_takes_up_where_the_first_ended(shop: Lake) -> None:
+    shop.send([event(1), event(1)])
+    shop.send([event(2)], partition=1)
+    assert [(r["partition"], r["start_offset"], r["end_offset"]) for r in shop.account().ledger] == [
+        (0, 0, 2),
+        (1, 0, 1),
+    ]
+    assert shop.account() == account.Report([], [])
+    shop.send([event(1), event(3)])
+    (row,) = shop.account().ledger
+    assert (row["start_offset"], row["end_offset"], row["events"], row["duplicates"]) == (2, 4, 1, 1)
+    assert shop.places() == {0: ["events"], 1: ["duplicate"], 2: ["duplicate"], 3: ["events"]}
+
+
+def test_only_closed_offsets_are_judged(shop: Lake) -> None:
+    """What the stream has not committed is not missing, it is not there yet."""
+    shop.send([event(1), event(1), event(1)])
+    (row,) = shop.account(p0=2).ledger
+    assert (row["end_offset"], row["duplicates"]) == (2, 1)
+    assert 2 not in shop.places()
+
+
+def test_the_record_in_silver_counts_whatever_its_offset(shop: Lake) -> None:
+    """The same event through another partition: Kafka orders partitions only by themselves."""
+    shop.send([event(1, price=5)], at=NOW + timedelta(seconds=5), partition=1)
+    shop.send([event(1, price=6)], at=NOW)
+    shop.account()
+    assert shop.places() == {0: ["conflicting_duplicate"]}
+
+
+def test_of_late_events_with_one_id_the_earliest_counts(shop: Lake) -> None:
+    shop.send([event(9, timestamp="2025-11-29T15:00:00.000Z")], at=NOW + timedelta(hours=3))
+    shop.send([event(1, price=2), event(1, price=1)], at=NOW + timedelta(hours=3, seconds=1))
+    shop.account()
+    assert shop.places() == {0: ["events"], 1: ["events"], 2: ["conflicting_duplicate"]}
+
+
+def test_a_hole_is_named_until_it_is_closed(shop: Lake) -> None:
+    shop.send([event(1), event(2), event(3)])
+    table = f"delta.`{shop.settings.table('bronze.clickstream')}`"
+    shop.spark.sql(f"DELETE FROM {table} WHERE offset = 1")
+    report = shop.account()
+    assert report.unexplained == [("topic", 0, 1)]
+    assert report.ledger[0]["unexplained"] == 1
+    shop.send([event(4)])
+    report = shop.account()
+    assert (report.ledger[0]["start_offset"], report.unexplained) == (0, [("topic", 0, 1)])
+
+
+def test_an_offset_that_is_there_twice_is_unexplained(shop: Lake) -> None:
+    shop.send([event(1), b"rubbish"])
+    path = shop.settings.table("silver.events")
+    again = silver.EVENTS.read(shop.spark, shop.settings).persist()
+    again.count()
+    again.write.format("delta").mode("append").save(path)
+    assert shop.account().unexplained == [("topic", 0, 0)]
+
+
+@pytest.mark.parametrize("table", ["silver/rejects", "silver/events", "silver/ledger"])
+def test_a_crash_at_any_write_is_made_good_by_the_next_run(
+    shop: Lake, monkeypatch: pytest.MonkeyPatch, table: str
+) -> None:
+    shop.send([event(9, timestamp="2025-11-29T15:00:00.000Z")], at=NOW + timedelta(hours=3))
+    shop.send([event(9, timestamp="2025-11-29T15:00:00.000Z"), event(1)], at=NOW + timedelta(hours=3))
+
+    def crash(df: Any, path: str, app_id: str, version: int) -> None:
+        if path.endswith(table):
+            raise OSError("no space left on device")
+        lake.append_once(df, path, app_id, version)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(account, "append_once", crash)
+        with pytest.raises(OSError, match="no space left"):
+            shop.account()
+    report = shop.account()
+    assert report.unexplained == []
+    assert shop.places() == {0: ["events"], 1: ["duplicate"], 2: ["events"]}
+
+
+def test_closed_is_what_both_streams_committed(spark: SparkSession, settings: Settings) -> None:
+    def checkpoint(query: str, committed: int, offsets: dict[int, str]) -> None:
+        root = Path(settings.checkpoint(query).removeprefix("file://"))
+        for folder in ("commits", "offsets"):
+            (root / folder).mkdir(parents=True)
+        for batch in range(committed + 1):
+            (root / "commits" / str(batch)).write_text('v1\n{"nextBatchWatermarkMs":0}')
+        for batch, ends in offsets.items():
+            (root / "offsets" / str(batch)).write_text(f'v1\n{{"batchWatermarkMs":0}}\n{{"clicks":{ends}}}')
+
+    assert account.closed(spark, settings) == {}
+    checkpoint("bronze", 10, {9: '{"0":1}', 10: '{"0":50,"1":7,"2":3}', 11: '{"0":99,"1":99,"2":99}'})
+    assert account.closed(spark, settings) == {}
+    checkpoint("silver", 2, {2: '{"0":40,"1":8}', 3: '{"0":60,"1":9}'})
+    assert account.closed(spark, settings) == {("clicks", 0): 40, ("clicks", 1): 7}
