@@ -152,6 +152,23 @@ def test_a_hole_is_named_until_it_is_closed(shop: Lake) -> None:
     shop.send([event(4)])
     report = shop.account()
     assert (report.ledger[0]["start_offset"], report.unexplained) == (0, [("topic", 0, 1)])
+    shop.spark.sql(f"RESTORE TABLE {table} TO VERSION AS OF 1")
+    shop.spark.sql(f"INSERT INTO {table} SELECT * FROM {table} VERSION AS OF 3 WHERE offset = 3")
+    report = shop.account()
+    assert (report.ledger[0]["start_offset"], report.unexplained) == (0, [])
+    assert shop.account() == account.Report([], [])
+
+
+def test_one_run_at_a_time(shop: Lake) -> None:
+    first = account.locked(shop.spark, shop.settings)
+    with (
+        first,
+        pytest.raises(account.AccountError, match="another run began"),
+        account.locked(shop.spark, shop.settings),
+    ):
+        pass
+    with account.locked(shop.spark, shop.settings):
+        pass
 
 
 def test_an_offset_that_is_there_twice_is_unexplained(shop: Lake) -> None:

@@ -72,7 +72,7 @@ def short_password(hosts: dict[str, Any], site: dict[str, Any]) -> None:
 
 
 def published_password(hosts: dict[str, Any], site: dict[str, Any]) -> None:
-    del site["airflow_local_login"]
+    site |= {"airflow_local_login": False, "airflow_admin_password": "admin"}
 
 
 # What the message has to say: the variable and what to do.

@@ -9,15 +9,17 @@ the offsets that are in neither silver.events nor silver.rejects, and puts each 
   late                    valid and unknown: older than the watermark   -> silver.events, and so Gold
 
 Then it checks the conservation law, each offset exactly once in Bronze and exactly once in Silver, and writes the
-ledger. It may be stopped at any point and run again: what is already in Silver is not missing any more. Of two runs
-at once each would add the same rows, so there may only be one; the DAG and the check afterwards see to that.
+ledger. It may be stopped at any point and run again: what is already in Silver is not missing any more. Two runs at
+once would both add the same rows, so a run takes a lock in the lake.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +32,7 @@ from clickstream.rules import RULESET_VERSION, check
 from clickstream.session import spark_session
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from pyspark.sql import Column, DataFrame, SparkSession
 
@@ -43,7 +45,7 @@ LEDGER = Table(
     """
     accounted_at TIMESTAMP, topic STRING, partition INT, start_offset BIGINT, end_offset BIGINT,
     bronze BIGINT, events BIGINT, invalid BIGINT, duplicates BIGINT, conflicting BIGINT,
-    late_added BIGINT, unexplained BIGINT, ledger_date DATE
+    unexplained BIGINT, ledger_date DATE
     """,
     partition_by=("ledger_date",),
 )
@@ -75,7 +77,8 @@ Ends = dict[tuple[str, int], int]
 
 @dataclass(frozen=True)
 class Report:
-    """The ledger's new rows, one a partition, and the first offsets nobody can explain."""
+    """The ledger's new rows, one a partition, with the late events this run added to silver.events; and the first
+    offsets nobody can explain."""
 
     ledger: list[dict[str, Any]]
     unexplained: list[tuple[str, int, int]]
@@ -161,11 +164,14 @@ def _ranges(spark: SparkSession, settings: Settings, ends: Mapping[tuple[str, in
     done = (
         LEDGER.read(spark, settings)
         .groupBy("topic", "partition")
-        .agg(
-            F.min(F.when(F.col("unexplained") > 0, F.col("start_offset"))).alias("open"),
-            F.max("end_offset").alias("done"),
+        .agg(F.max_by(F.struct("start_offset", "end_offset", "unexplained"), "accounted_at").alias("last"))
+        .select(
+            "topic",
+            "partition",
+            F.when(F.col("last.unexplained") > 0, F.col("last.start_offset"))
+            .otherwise(F.col("last.end_offset"))
+            .alias("accounted"),
         )
-        .select("topic", "partition", F.coalesce("open", "done").alias("accounted"))
     )
     first = bronze.CLICKSTREAM.read(spark, settings).groupBy("topic", "partition").agg(F.min("offset").alias("first"))
     found = (
@@ -217,9 +223,9 @@ def _rejects(rows: DataFrame, disposition: str | Column) -> DataFrame:
     )
 
 
-def complete(spark: SparkSession, settings: Settings, ranges: DataFrame) -> DataFrame:
-    """Puts every offset of the ranges that Silver lacks where it belongs. Returns topic, partition and how many
-    late events were added."""
+def complete(spark: SparkSession, settings: Settings, ranges: DataFrame) -> Counter[tuple[str, int]]:
+    """Puts every offset of the ranges that Silver lacks where it belongs. Returns how many late events were added
+    to each topic and partition."""
     checked = _missing(spark, settings, ranges).persist()
     try:
         invalid = checked.where(F.size("codes") > 0)
@@ -232,7 +238,7 @@ def complete(spark: SparkSession, settings: Settings, ranges: DataFrame) -> Data
         classified = classify(candidates, silver.EVENTS.read(spark, settings)).persist()
         try:
             late = classified.where(F.col("disposition") == LATE)
-            added = late.groupBy("topic", "partition").agg(F.count("*").alias("late_added")).collect()
+            added = Counter((row["topic"], row["partition"]) for row in late.select("topic", "partition").collect())
             dropped = _rejects(invalid, silver.INVALID).unionByName(
                 _rejects(classified.where(F.col("disposition") != LATE), F.col("disposition"))
             )
@@ -245,7 +251,7 @@ def complete(spark: SparkSession, settings: Settings, ranges: DataFrame) -> Data
             classified.unpersist()
     finally:
         checked.unpersist()
-    return spark.createDataFrame([tuple(row) for row in added], "topic STRING, partition INT, late_added BIGINT")
+    return added
 
 
 def ledger(spark: SparkSession, settings: Settings, ranges: DataFrame) -> tuple[DataFrame, DataFrame]:
@@ -302,7 +308,6 @@ def account(spark: SparkSession, settings: Settings, ends: Mapping[tuple[str, in
     sums, broken = ledger(spark, settings, ranges)
     rows = (
         ranges.join(sums, ["topic", "partition"])
-        .join(added, ["topic", "partition"], "left")
         .select(
             F.current_timestamp().alias("accounted_at"),
             "topic",
@@ -314,7 +319,6 @@ def account(spark: SparkSession, settings: Settings, ends: Mapping[tuple[str, in
             "invalid",
             "duplicates",
             "conflicting",
-            F.coalesce("late_added", F.lit(0)).alias("late_added"),
             "unexplained",
             F.current_date().alias("ledger_date"),
         )
@@ -327,14 +331,45 @@ def account(spark: SparkSession, settings: Settings, ends: Mapping[tuple[str, in
         named = [tuple(row) for row in broken.orderBy(*POSITION).limit(NAMED).collect()]
     listed = [
         {name: value for name, value in row.asDict().items() if name not in ("accounted_at", "ledger_date")}
+        | {"late_added": added[row["topic"], row["partition"]]}
         for row in sorted(rows, key=lambda row: (row["topic"], row["partition"]))
     ]
     return Report(listed, named)
 
 
+class AccountError(Exception):
+    """What an operator has to do before the job can run."""
+
+
+@contextlib.contextmanager
+def locked(spark: SparkSession, settings: Settings) -> Iterator[None]:
+    """Holds the lake's lock of this job; AccountError when another run holds it."""
+    jvm = spark._jvm
+    assert jvm is not None
+    path = jvm.org.apache.hadoop.fs.Path(f"{settings.lake_uri}/_locks/account")
+    fs = path.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
+    if not fs.createNewFile(path):
+        since = fs.getFileStatus(path).getModificationTime() / 1000
+        raise AccountError(
+            f"another run began {time.time() - since:.0f} s ago and holds {path.toString()}; wait for it, "
+            "or remove that file if no run is there any more"
+        )
+    try:
+        yield
+    finally:
+        fs.delete(path, False)
+
+
 def run(settings: Settings) -> dict[str, Any]:
+    """Raises AccountError when another run is there, or the streams have not committed anything to this lake."""
     spark = spark_session(settings, "clickstream-account")
     try:
-        return asdict(account(spark, settings, closed(spark, settings)))
+        ends = closed(spark, settings)
+        if not ends:
+            raise AccountError(
+                f"neither Bronze nor Silver has committed a batch in {settings.lake_uri}; is it the lake?"
+            )
+        with locked(spark, settings):
+            return asdict(account(spark, settings, ends))
     finally:
         spark.stop()

@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _print_table(rows: Sequence[dict[str, Any]]) -> None:
     if not rows:
-        print("no table exists yet")
+        print("no rows yet")
         return
     header = list(rows[0])
     cells = [header, *[[str(row[name]) for name in header] for row in rows]]
@@ -169,10 +169,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "account":
         from clickstream import account
 
-        return _report(account.run(settings), args.json)
+        try:
+            return _report(account.run(settings), args.json)
+        except account.AccountError as error:
+            print(f"clickstream: {error}", file=sys.stderr)
+            return 1
     from clickstream import compact
 
     results = compact.run(settings, args.vacuum)
+    if not results:
+        print(f"clickstream: there is no table in {settings.lake_uri}; is it the lake?", file=sys.stderr)
+        return 1
     if args.json:
         print(json.dumps(results))
     else:

@@ -218,7 +218,13 @@ class GoldWriter:
     def _replace_final(self, rows: list[Row], windows: Sequence[datetime]) -> None:
         figures = StructType(FUNNEL_1M.schema.fields[:-1])
         df = (
-            self._spark.createDataFrame([tuple(row[name] for name in figures.names) for row in rows], figures)
+            self._spark.createDataFrame(
+                [
+                    tuple(utc(v) if isinstance(v := row[name], datetime) else v for name in figures.names)
+                    for row in rows
+                ],
+                figures,
+            )
             .withColumn("event_date", F.to_date("window_start"))
             .coalesce(1)
         )

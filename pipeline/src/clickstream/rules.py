@@ -140,6 +140,7 @@ FIELD_RULES = (
 
 RULES = PAYLOAD_RULES + FIELD_RULES
 
+_STRICT = "map('allowSingleQuotes', 'false', 'allowNonNumericNumbers', 'false')"
 _ISO = r"^\\d{4}-\\d{2}-\\d{2}T\\d{2}:\\d{2}:\\d{2}([.]\\d{1,6})?(Z|[+-]\\d{2}:\\d{2})\\z"
 
 
@@ -162,10 +163,19 @@ def check(raw: DataFrame, settings: Settings) -> DataFrame:
             "parsed",
             F.expr(
                 f"""from_json(concat('[', text, ']'), 'ARRAY<STRUCT<{fields}>>',
-                    map('allowSingleQuotes', 'false', 'allowNonNumericNumbers', 'false'))"""
+                    {_STRICT})"""
             ),
         )
-        .withColumn("e", F.expr("CASE WHEN size(parsed) = 1 THEN parsed[0] END"))
+        # A value may close that array itself, `{...}]rubbish`; then a second copy of it is not found behind the first.
+        .withColumn(
+            "alone",
+            F.expr(
+                f"""CASE WHEN contains(text, ']') THEN size(from_json(concat('[', text, ',', text, ']'),
+                    'ARRAY<STRUCT<{fields}>>', {_STRICT})) = 2
+                    ELSE true END"""
+            ),
+        )
+        .withColumn("e", F.expr("CASE WHEN size(parsed) = 1 AND alone THEN parsed[0] END"))
         # Nothing below may throw on any input: ANSI mode would end the stream over one record.
         .withColumn(
             "event_time",
@@ -190,5 +200,5 @@ def check(raw: DataFrame, settings: Settings) -> DataFrame:
             "codes",
             F.expr(f"concat({_codes(PAYLOAD_RULES, 'true')}, {_codes(FIELD_RULES, 'e IS NOT NULL')})"),
         )
-        .drop("text", "parsed", "price_text", "reference_time", "skew", "max_age")
+        .drop("text", "parsed", "alone", "price_text", "reference_time", "skew", "max_age")
     )
