@@ -50,7 +50,6 @@ whether the worker has a free core and the executor's memory. *Permission denied
             conn_id="spark_default",
             application=f"{RELEASE}/clickstream_job.py",
             application_args=[*arguments, "--json"],
-            name=dag_id,
             driver_memory="512m",
             conf={
                 "spark.pyspark.python": PYTHON,

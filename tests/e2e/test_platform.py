@@ -219,7 +219,7 @@ def test_a_dag_runs_green_on_the_cluster(platform: Platform) -> None:
     done = [entry["operation"] for entry in lake.history("bronze/clickstream", since=began)]
     assert "OPTIMIZE" in done, f"the run compacted nothing; commits since its trigger: {done}"
     with urllib.request.urlopen(f"http://{ADDRESS}:18080/api/v1/applications", timeout=30) as answer:
-        assert "lake_compaction" in {application["name"] for application in json.load(answer)}
+        assert "clickstream-compact" in {application["name"] for application in json.load(answer)}
 
 
 SERVICES = (
