@@ -177,9 +177,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from clickstream import compact
 
     results = compact.run(settings, args.vacuum)
-    if not results:
-        print(f"clickstream: there is no table in {settings.lake_uri}; is it the lake?", file=sys.stderr)
-        return 1
     if args.json:
         print(json.dumps(results))
     else:
