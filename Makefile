@@ -98,7 +98,7 @@ lint: $(VENV) ## Python, shell, YAML, Ansible and the repository's own rules
 .PHONY: unit
 unit: $(VENV) $(TEST_VENV) $(TEST_JARS).stamp ## The package, on local Spark and a private PostgreSQL; the Ansible modules
 	pytest -q tests/unit
-	cd pipeline && CLICKSTREAM_TEST_JARS=$(CURDIR)/$(TEST_JARS) ../.cache/test-venv/bin/python -m pytest -q
+	cd pipeline && CLICKSTREAM_TEST_JARS=$(CURDIR)/$(TEST_JARS) ../.cache/test-venv/bin/python -m pytest -q -n 2 --durations=12
 
 .PHONY: molecule
 molecule: $(VENV) ## One role in a guest of its own: ROLE=kafka; without ROLE all of them
@@ -108,7 +108,7 @@ molecule: $(VENV) ## One role in a guest of its own: ROLE=kafka; without ROLE al
 .PHONY: e2e
 e2e: $(VENV) ## The whole platform in its guest: events to Gold, reload, kill -9 of every service, bad input
 	@ansible/scripts/prepare-host guests
-	pytest -q -s tests/e2e
+	pytest -v --tb=short --durations=12 tests/e2e
 
 ##@ Maintain
 .PHONY: deploy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,13 +19,16 @@ os.environ["TZ"] = "UTC"
 
 from pyspark.sql.types import StructType
 
+from clickstream import lake, silver
 from clickstream.session import spark_session
 from clickstream.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from types import ModuleType
 
     from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql.streaming.query import StreamingQuery
 
 CASES = Path(__file__).parent / "cases"
 KAFKA_COLUMNS = """topic STRING, partition INT, offset BIGINT, timestamp TIMESTAMP, timestampType INT,
@@ -142,6 +146,49 @@ class Topic:
 @pytest.fixture
 def topic(spark: SparkSession) -> Topic:
     return Topic(spark)
+
+
+class Silver:
+    """The real query, over a Delta table with Kafka's columns in the place of the topic."""
+
+    def __init__(self, spark: SparkSession, settings: Settings) -> None:
+        self.spark, self.settings = spark, settings
+        self.source = f"{settings.lake_uri}/topic"
+        for table in silver.TABLES:
+            table.ensure(spark, settings)
+
+    def run(self) -> StreamingQuery:
+        """Processes what is there, as a service that starts, catches up and stops."""
+        records = self.spark.readStream.format("delta").option("maxFilesPerTrigger", 1).load(self.source)
+        query = silver.query(records, self.settings, silver.writer(self.settings)).trigger(availableNow=True).start()
+        query.awaitTermination()
+        return query
+
+
+def batches(path: Path) -> Iterator[tuple[datetime, list[dict[str, Any] | bytes]]]:
+    """A golden case's input, a record a line: each batch with its time at the broker."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        found.setdefault(record["batch"], []).append(record)
+    for batch in found.values():
+        values = [event(**r["event"]) if "event" in r else r["value"].encode() for r in batch]
+        yield datetime.fromisoformat(batch[0]["kafka_time"]), values
+
+
+@contextlib.contextmanager
+def full_disk(module: ModuleType, table: str) -> Iterator[None]:
+    """Lets the module's appends to a table fail, and expects that this is not swallowed."""
+
+    def append_once(df: DataFrame, path: str, app_id: str, version: int) -> None:
+        if path.endswith(table):
+            raise OSError("no space left on device")
+        lake.append_once(df, path, app_id, version)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "append_once", append_once)
+        with pytest.raises(Exception, match="no space left"):
+            yield
 
 
 def _postgres_binaries() -> Path:

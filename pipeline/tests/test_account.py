@@ -9,35 +9,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import CASES, NOW, Topic, event
+from conftest import CASES, NOW, Silver, Topic, batches, event, full_disk
 
-from clickstream import account, bronze, lake, silver
+from clickstream import account, bronze, silver
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pyspark.sql import SparkSession
 
     from clickstream.settings import Settings
 
 
-class Lake:
-    """Bronze and Silver over a Delta table with Kafka's columns in the place of the topic."""
+class Lake(Silver):
+    """Bronze and Silver of one topic."""
 
     def __init__(self, spark: SparkSession, settings: Settings, topic: Topic) -> None:
-        self.spark, self.settings, self.topic = spark, settings, topic
-        self.source = f"{settings.lake_uri}/topic"
-        for table in (*bronze.TABLES, *silver.TABLES):
+        super().__init__(spark, settings)
+        self.topic = topic
+        for table in bronze.TABLES:
             table.ensure(spark, settings)
 
-    def send(self, values: list[dict[str, Any] | bytes | None], at: datetime = NOW, partition: int = 0) -> None:
+    def send(self, values: Iterable[dict[str, Any] | bytes | None], at: datetime = NOW, partition: int = 0) -> None:
         """Appends to the topic and to Bronze, and lets Silver's real query process it."""
         records = self.topic.records(values, at, partition).coalesce(1).persist()
         records.write.format("delta").mode("append").save(self.source)
         path = self.settings.table(bronze.CLICKSTREAM.name)
         bronze.archive(records).write.format("delta").mode("append").save(path)
         records.unpersist()
-        stream = self.spark.readStream.format("delta").option("maxFilesPerTrigger", 1).load(self.source)
-        query = silver.query(stream, self.settings, silver.writer(self.settings)).trigger(availableNow=True).start()
-        query.awaitTermination()
+        self.run()
 
     def account(self, **ends: int) -> account.Report:
         """Up to these ends, `p0=13`; without any, up to the end of Bronze."""
@@ -64,13 +64,8 @@ def shop(spark: SparkSession, settings: Settings, topic: Topic) -> Lake:
 
 def test_golden(shop: Lake) -> None:
     """Input: a record a line, in batches. Expected: where each offset is after the stream, and after the job."""
-    batches: dict[int, list[dict[str, Any]]] = {}
-    for line in (CASES / "account/shop.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        batches.setdefault(record["batch"], []).append(record)
-    for batch in batches.values():
-        values = [event(**r["event"]) if "event" in r else r["value"].encode() for r in batch]
-        shop.send(values, at=datetime.fromisoformat(batch[0]["kafka_time"]))
+    for at, values in batches(CASES / "account/shop.jsonl"):
+        shop.send(values, at=at)
     with (CASES / "account/shop.expected.csv").open() as lines:
         expected = list(csv.DictReader(lines))
     streamed = {"events": "events", "invalid": "rejects"}
@@ -181,21 +176,12 @@ def test_an_offset_that_is_there_twice_is_unexplained(shop: Lake) -> None:
 
 
 @pytest.mark.parametrize("table", ["silver/rejects", "silver/events", "silver/ledger"])
-def test_a_crash_at_any_write_is_made_good_by_the_next_run(
-    shop: Lake, monkeypatch: pytest.MonkeyPatch, table: str
-) -> None:
+def test_a_crash_at_any_write_is_made_good_by_the_next_run(shop: Lake, table: str) -> None:
     shop.send([event(9, timestamp="2025-11-29T15:00:00.000Z")], at=NOW + timedelta(hours=3))
     shop.send([event(9, timestamp="2025-11-29T15:00:00.000Z"), event(1)], at=NOW + timedelta(hours=3))
 
-    def crash(df: Any, path: str, app_id: str, version: int) -> None:
-        if path.endswith(table):
-            raise OSError("no space left on device")
-        lake.append_once(df, path, app_id, version)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(account, "append_once", crash)
-        with pytest.raises(OSError, match="no space left"):
-            shop.account()
+    with full_disk(account, table):
+        shop.account()
     report = shop.account()
     assert report.unexplained == []
     assert shop.places() == {0: ["events"], 1: ["duplicate"], 2: ["events"]}

@@ -8,21 +8,30 @@ from collections.abc import Iterator
 import pytest
 from platform_under_test import Platform
 
+FIGURES = pytest.StashKey[list[str]]()
+
 
 @pytest.fixture(scope="session")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+def platform(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     """The platform after `make up`. CLICKSTREAM_E2E_KEEP=1 keeps its guest, to look around or to run tests again."""
     keep = os.environ.get("CLICKSTREAM_E2E_KEEP") == "1"
     under_test = Platform(scratch=tmp_path_factory.mktemp("e2e"))
-    if not keep:
-        under_test.make("destroy")
-    under_test.up_output = under_test.make("up").stdout
+    # What follows takes minutes: it is shown as it comes. What a test runs is shown when it fails.
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        if not keep:
+            under_test.make("destroy")
+        under_test.up_output = under_test.make("up").stdout
     yield under_test
-    print("\nTime of the verbs:")
-    for name, seconds in under_test.phases.items():
-        print(f"  {name:<30}{seconds:>7.1f} s")
+    times = [f"{name:<30}{seconds:>7.1f} s" for name, seconds in under_test.phases.items()]
+    request.config.stash[FIGURES] = [*under_test.figures, "Time of the verbs:", *times]
     if not keep:
         under_test.make("destroy")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print what was measured."""
+    for line in config.stash.get(FIGURES, []):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

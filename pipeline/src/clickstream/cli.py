@@ -31,6 +31,13 @@ def _queries(text: str) -> list[str]:
     return [name for name in STREAMS if name in names]
 
 
+def _rows(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     variables = ", ".join(PREFIX + field.name.upper() for field in fields(Settings))
     parser = argparse.ArgumentParser(
@@ -78,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         help="show the newest windows of the product funnel",
         description="Prints rows of the mart gold.product_funnel_1m, newest window first.",
     )
-    show.add_argument("--limit", type=int, default=20, help="rows to print (default: %(default)s)")
+    show.add_argument("--limit", type=_rows, default=20, help="rows to print (default: %(default)s)")
     latency = commands.add_parser(
         "latency",
         parents=[common],
