@@ -93,7 +93,7 @@ class Gold:
         return {f"{row[0].astimezone(UTC):%H:%M}": row[-1] for row in self.mart()}
 
     def final(self) -> list[tuple[Any, ...]]:
-        rows = gold.FUNNEL_1M.read(self.spark, self.settings).orderBy("window_start", "product_id").collect()
+        rows = gold.FUNNEL_1M.table.read(self.spark, self.settings).orderBy("window_start", "product_id").collect()
         return [
             (
                 row["window_start"].replace(tzinfo=UTC),
@@ -213,7 +213,7 @@ def test_a_crash_before_any_write_is_made_good_without_the_batch(shop: Gold) -> 
     # as if the machine had died right after the commit of the checkpoint, with the mart's write lost
     with psycopg.connect(shop.dsn) as connection:
         connection.execute("UPDATE gold.product_funnel_1m SET is_final = false")
-    gold.FUNNEL_1M.read(shop.spark, shop.settings)
+    gold.FUNNEL_1M.table.read(shop.spark, shop.settings)
     shop.append(at(3, "12:30:30"))
     shop.run()
     shop.check()
@@ -284,7 +284,7 @@ def test_without_a_mart_delta_is_still_written(spark: SparkSession, settings: Se
     rows = silver.events(silver.judge(records, settings))
     rows.write.format("delta").mode("append").save(settings.table("silver.events"))
     gold.build(spark, settings, writer).trigger(availableNow=True).start().awaitTermination()
-    assert gold.FUNNEL_1M.read(spark, settings).count() == 1
+    assert gold.FUNNEL_1M.table.read(spark, settings).count() == 1
     assert writer.newest == datetime(2025, 11, 29, 12, 30, tzinfo=UTC)
 
 
@@ -294,5 +294,5 @@ def test_only_touched_windows_are_read(shop: Gold) -> None:
     shop.append(at(2, "13:00:00"))
     events: DataFrame = silver.EVENTS.read(shop.spark, shop.settings)
     window = datetime(2025, 11, 29, 13, 0, tzinfo=UTC)
-    assert len(gold.in_windows(events, [window]).inputFiles()) <= 2
-    assert [row["event_id"] for row in gold.in_windows(events, [window]).collect()] == ["evt_00000002"]
+    assert len(gold.in_windows(events, [window], gold.MINUTE).inputFiles()) <= 2
+    assert [row["event_id"] for row in gold.in_windows(events, [window], gold.MINUTE).collect()] == ["evt_00000002"]

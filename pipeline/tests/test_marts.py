@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 
-from clickstream import marts
-from clickstream.gold import FUNNEL_1M_MART as MART
+from clickstream import gold, marts
 from clickstream.marts import MartWriter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+MART = gold.FUNNEL_1M.mart
 NOON = datetime(2025, 11, 29, 12, 0, tzinfo=UTC)
 
 

@@ -108,7 +108,7 @@ def _show(settings: Settings, limit: int, count_only: bool) -> int:
 
     from clickstream import gold
 
-    mart = gold.FUNNEL_1M_MART
+    mart = gold.FUNNEL_1M.mart
     table = f"{mart.schema}.{mart.name}"
     query = f"SELECT * FROM {table} ORDER BY window_start DESC, views DESC, product_id LIMIT {limit}"
     try:

@@ -86,6 +86,11 @@ class Table:
     def read(self, spark: SparkSession, settings: Settings) -> DataFrame:
         return spark.read.format("delta").load(settings.table(self.name))
 
+    def replace(self, rows: DataFrame, settings: Settings, where: str) -> None:
+        """Makes the table hold exactly `rows` where the condition is true, in one commit."""
+        path = settings.table(self.name)
+        retry_conflicts(lambda: rows.write.format("delta").mode("overwrite").option("replaceWhere", where).save(path))
+
 
 def retry_conflicts(action: Callable[[], T], attempts: int = 6) -> T:
     """Runs an idempotent table change again when a concurrent commit made it obsolete."""
