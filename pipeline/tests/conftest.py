@@ -16,15 +16,17 @@ import pytest
 
 os.environ["TZ"] = "UTC"
 
+from pyspark.sql import functions as F  # noqa: N812
 from pyspark.sql.types import StructType
 
+from clickstream.rules import PRICE_TYPE
 from clickstream.session import spark_session
 from clickstream.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import DataFrame, Row, SparkSession
 
 CASES = Path(__file__).parent / "cases"
 KAFKA_COLUMNS = """topic STRING, partition INT, offset BIGINT, timestamp TIMESTAMP, timestampType INT,
@@ -112,6 +114,26 @@ def event(number: int = 1, **changes: Any) -> dict[str, Any]:
 
 def without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if key not in names}
+
+
+def csv_events(spark: SparkSession, path: Path) -> DataFrame:
+    """Silver's events from a file, as far as it has their columns."""
+    return (
+        spark.read.csv(str(path), header=True)
+        .withColumn("event_time", F.to_timestamp("event_time"))
+        .withColumn("price", F.col("price").cast(PRICE_TYPE))
+    )
+
+
+def as_text(row: Row, names: Iterable[str]) -> list[str]:
+    """These values of a row as the files of expected rows have them."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, datetime):
+            return value.isoformat(timespec="milliseconds") + "Z"
+        return "" if value is None else str(value)
+
+    return [text(row[name]) for name in names]
 
 
 class Topic:

@@ -18,7 +18,7 @@ from clickstream.settings import PREFIX, Settings, SettingsError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-STREAMS = ("bronze", "silver", "gold")
+STREAMS = ("bronze", "silver", "gold", "gold_hourly")
 # The settings that are worth a flag; every other one has its variable.
 FLAGS = ("lake_uri", "bootstrap_servers", "topic", "spark_master", "marts_dsn", "status_dir")
 
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "--queries",
         type=_queries,
         default=list(STREAMS),
-        help="comma-separated, of bronze, silver, gold (default: all)",
+        help=f"comma-separated, of {', '.join(STREAMS)} (default: all)",
     )
     job = commands.add_parser(
         "compact",

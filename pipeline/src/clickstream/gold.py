@@ -1,4 +1,5 @@
-"""Gold: the product funnel per minute, live in a Postgres mart and final in Delta.
+"""Gold's windows: the product funnel per minute and per hour, and conversion per hour; live in Postgres marts and
+final in Delta.
 
 Every batch names the windows it touched; those windows are computed again, whole, from silver.events, and
 replaced. So a replay, a duplicate delivery and a correction all end in the same figures, and no figure depends
@@ -24,12 +25,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from pyspark.sql import Column, DataFrame, Row, SparkSession
-    from pyspark.sql.streaming.readwriter import DataStreamWriter
+    from pyspark.sql.streaming.readwriter import DataStreamReader, DataStreamWriter
 
 log = logging.getLogger("clickstream")
 
+# The minutes are the path of low latency. The hours, of which each batch computes a whole one again, have a query of
+# their own that looks for new rows less often.
 QUERY = "gold"
+HOURLY_QUERY = "gold_hourly"
 MINUTE = timedelta(minutes=1)
+HOUR = timedelta(hours=1)
+MONEY = "decimal(22,2)"
 # Windows computed at once: bounds what the driver holds while it catches up.
 CHUNK = 60
 
@@ -69,30 +75,92 @@ _FUNNEL = (
 )
 
 
+_CONVERSION = (
+    "window_start",
+    "window_end",
+    "dimension",
+    "value",
+    "views",
+    "carts",
+    "purchases",
+    "revenue",
+    "sessions_with_view",
+    "sessions_converted",
+    "purchases_per_view",
+    "session_conversion",
+)
+
+
+def counts() -> list[Column]:
+    """What is counted of any group of events: views, carts, purchases and revenue."""
+    kind = F.col("event_type")
+    return [
+        F.count_if(kind == "view").alias("views"),
+        F.count_if(kind == "add_to_cart").alias("carts"),
+        F.count_if(kind == "purchase").alias("purchases"),
+        F.coalesce(F.sum(F.when(kind == "purchase", F.col("price"))), F.lit(0)).cast(MONEY).alias("revenue"),
+    ]
+
+
 def product_funnel(events: DataFrame, length: timedelta = MINUTE) -> DataFrame:
     """The funnel of each product in each window, from silver.events. Pure.
 
     The distinct counts are exact: the users of one product in one minute fit in memory, and sets need one
-    shuffle where count_distinct needs two and an expansion.
+    shuffle where count_distinct needs two and an expansion. Longer windows take the latter, which can spill.
     """
-    kind = F.col("event_type")
+
+    def distinct(column: str) -> Column:
+        if length > MINUTE:
+            return F.count_distinct(column)
+        return F.size(F.collect_set(column)).cast("bigint")
+
     return (
         events.groupBy(window_start(length).alias("window_start"), "product_id")
         .agg(
             # A product keeps its category; should one ever change, the latest event's name is taken.
             F.max_by("product_category", F.struct("event_time", "event_id")).alias("product_category"),
-            F.count_if(kind == "view").alias("views"),
-            F.count_if(kind == "add_to_cart").alias("carts"),
-            F.count_if(kind == "purchase").alias("purchases"),
-            F.coalesce(F.sum(F.when(kind == "purchase", F.col("price"))), F.lit(0))
-            .cast("decimal(22,2)")
-            .alias("revenue"),
-            F.size(F.collect_set("user_id")).cast("bigint").alias("users"),
-            F.size(F.collect_set("session_id")).cast("bigint").alias("sessions"),
+            *counts(),
+            distinct("user_id").alias("users"),
+            distinct("session_id").alias("sessions"),
             F.max("event_time").alias("last_event_at"),
         )
         .withColumn("window_end", F.col("window_start") + F.lit(length))
         .select(*_FUNNEL)
+    )
+
+
+def conversion(events: DataFrame, length: timedelta = HOUR) -> DataFrame:
+    """Conversion in each window by category and by device, from silver.events, defined in two ways. Pure.
+
+    - `purchases_per_view`: purchases / views. It may exceed 1, and is null without a view.
+    - `session_conversion`: sessions_converted / sessions_with_view, from 0 to 1, null without such a session. A session
+      is a pair of user_id and session_id. Its events of one window and one value (a category or a device) are looked
+      at alone, in any order: it is counted in `sessions_with_view` when a view is among them, and in
+      `sessions_converted` when both a view and a purchase are. So a session may count in several windows and
+      categories, and one whose view was in another hour does not convert in this one.
+    """
+    dimensions = F.array(
+        F.struct(F.lit("category").alias("dimension"), F.col("product_category").alias("value")),
+        F.struct(F.lit("device").alias("dimension"), F.col("device_type").alias("value")),
+    )
+    sessions = (
+        events.withColumn("by", F.explode(dimensions))
+        .groupBy(window_start(length).alias("window_start"), "by.dimension", "by.value", "user_id", "session_id")
+        .agg(*counts())
+    )
+    seen = F.col("views") > 0
+    return (
+        sessions.groupBy("window_start", "dimension", "value")
+        .agg(
+            *(F.sum(name).alias(name) for name in ("views", "carts", "purchases")),
+            F.sum("revenue").cast(MONEY).alias("revenue"),
+            F.count_if(seen).alias("sessions_with_view"),
+            F.count_if(seen & (F.col("purchases") > 0)).alias("sessions_converted"),
+        )
+        .withColumn("window_end", F.col("window_start") + F.lit(length))
+        .withColumn("purchases_per_view", F.try_divide("purchases", "views"))
+        .withColumn("session_conversion", F.try_divide("sessions_converted", "sessions_with_view"))
+        .select(*_CONVERSION)
     )
 
 
@@ -140,7 +208,51 @@ def _funnel(name: str, length: timedelta) -> Windowed:
 
 
 FUNNEL_1M = _funnel("product_funnel_1m", MINUTE)
-WINDOWED = (FUNNEL_1M,)
+FUNNEL_1H = _funnel("product_funnel_1h", HOUR)
+CONVERSION_1H = Windowed(
+    Table(
+        "gold.conversion_1h",
+        """
+        window_start TIMESTAMP, window_end TIMESTAMP, dimension STRING, value STRING,
+        views BIGINT, carts BIGINT, purchases BIGINT, revenue DECIMAL(22,2),
+        sessions_with_view BIGINT, sessions_converted BIGINT,
+        purchases_per_view DOUBLE, session_conversion DOUBLE, event_date DATE
+        """,
+        partition_by=("event_date",),
+    ),
+    Mart(
+        schema="gold",
+        name="conversion_1h",
+        columns=(*_CONVERSION, "is_final"),
+        key=("window_start", "dimension", "value"),
+        ddl=(
+            """CREATE TABLE IF NOT EXISTS {table} (
+                window_start       timestamptz      NOT NULL,
+                window_end         timestamptz      NOT NULL,
+                dimension          text             NOT NULL CHECK (dimension IN ('category', 'device')),
+                value              text             NOT NULL,
+                views              bigint           NOT NULL,
+                carts              bigint           NOT NULL,
+                purchases          bigint           NOT NULL,
+                revenue            numeric(22, 2)   NOT NULL,
+                sessions_with_view bigint           NOT NULL,
+                sessions_converted bigint           NOT NULL,
+                purchases_per_view double precision,
+                session_conversion double precision,
+                is_final           boolean          NOT NULL,
+                updated_at         timestamptz      NOT NULL DEFAULT clock_timestamp(),
+                PRIMARY KEY (window_start, dimension, value)
+            ) WITH (fillfactor = 70)""",
+            "CREATE INDEX IF NOT EXISTS conversion_1h_live ON {table} (window_start) WHERE NOT is_final",
+            "CREATE INDEX IF NOT EXISTS conversion_1h_value ON {table} (dimension, value, window_start)",
+        ),
+    ),
+    HOUR,
+    conversion,
+)
+WINDOWED = (FUNNEL_1M, FUNNEL_1H, CONVERSION_1H)
+# What each query keeps.
+QUERIES = {QUERY: (FUNNEL_1M,), HOURLY_QUERY: (FUNNEL_1H, CONVERSION_1H)}
 TABLES = tuple(windowed.table for windowed in WINDOWED)
 
 
@@ -291,25 +403,29 @@ def prepare(spark: SparkSession, settings: Settings, tables: Sequence[Windowed] 
     return marts
 
 
-def events_stream(spark: SparkSession, settings: Settings) -> DataFrame:
+def _stream(spark: SparkSession) -> DataStreamReader:
     return (
         spark.readStream.format("delta")
         # Compaction carries dataChange=false and is not seen at all; a correcting append is an append. A commit
         # that rewrites events belongs to the batch layer, which recomputes Gold for it: skip it, do not stop.
         .option("skipChangeCommits", "true")
         .option("maxFilesPerTrigger", "1000")
-        .option("maxBytesPerTrigger", settings.max_bytes_per_trigger)
-        .load(settings.table(silver.EVENTS.name))
-        .select("event_time")
     )
 
 
-def build(spark: SparkSession, settings: Settings, write: Callable[[DataFrame, int], None]) -> DataStreamWriter:
+def build(
+    spark: SparkSession, settings: Settings, write: Callable[[DataFrame, int], None], query: str = QUERY
+) -> DataStreamWriter:
+    stream, trigger = _stream(spark), settings.trigger_gold_hourly
+    if query == QUERY:
+        # Only here: a limit of bytes for each minute would be a limit of events a second.
+        stream, trigger = stream.option("maxBytesPerTrigger", settings.max_bytes_per_trigger), settings.trigger_gold
     return (
-        events_stream(spark, settings)
-        .writeStream.queryName(QUERY)
+        stream.load(settings.table(silver.EVENTS.name))
+        .select("event_time")
+        .writeStream.queryName(query)
         .foreachBatch(write)
         .outputMode("append")
-        .option("checkpointLocation", settings.checkpoint(QUERY))
-        .trigger(processingTime=settings.trigger_gold)
+        .option("checkpointLocation", settings.checkpoint(query))
+        .trigger(processingTime=trigger)
     )
