@@ -205,3 +205,10 @@ def postgres() -> Iterator[str]:
     finally:
         run(binaries / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop")
         shutil.rmtree(base, ignore_errors=True)
+
+
+@pytest.fixture
+def dsn(postgres: str) -> Iterator[str]:
+    yield postgres
+    with psycopg.connect(postgres) as connection:
+        connection.execute("DROP SCHEMA IF EXISTS gold CASCADE")

@@ -17,8 +17,6 @@ from clickstream import bronze, compact, gold, silver
 from clickstream.marts import MartWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from pyspark.sql import DataFrame, SparkSession
 
     from clickstream.settings import Settings
@@ -44,13 +42,6 @@ def test_golden(spark: SparkSession, windowed: gold.Windowed, events_file: str, 
     for zone, rows in figures.items():
         assert sorted(as_text(row, expected[0]) for row in rows) == [list(row.values()) for row in expected], zone
         assert {row["window_end"] - row["window_start"] for row in rows} == {windowed.length}
-
-
-@pytest.fixture
-def dsn(postgres: str) -> Iterator[str]:
-    yield postgres
-    with psycopg.connect(postgres) as connection:
-        connection.execute("DROP SCHEMA IF EXISTS gold CASCADE")
 
 
 class Gold:
@@ -248,8 +239,8 @@ def test_hours(spark: SparkSession, settings: Settings, dsn: str) -> None:
         return flags
 
     bought = {"event_type": "purchase"}
-    assert finality(at(1, "12:00:00"), at(2, "12:59:59.999", **bought)) == {"12:00": False}
-    assert finality(at(3, "13:09:59.999")) == {"12:00": False, "13:00": False}
+    events = at(1, "12:00:00"), at(2, "12:59:59.999", **bought), at(3, "13:09:59.999")
+    assert finality(*events) == {"12:00": False, "13:00": False}
     assert finality(at(4, "13:10:00")) == {"12:00": True, "13:00": False}
     assert finality(at(5, "12:30:00", device_type="desktop", **bought)) == {"12:00": True, "13:00": False}
 

@@ -168,10 +168,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return streams.run(settings, args.queries)
     if args.command == "account":
         from clickstream import account
+        from clickstream.lake import JobError
 
         try:
             return _report(account.run(settings), args.json)
-        except account.AccountError as error:
+        except JobError as error:
             print(f"clickstream: {error}", file=sys.stderr)
             return 1
     from clickstream import compact
