@@ -54,6 +54,10 @@ lag: $(VENV) ## How far each stream is behind the topic
 account: $(VENV) ## Account for every offset: classify what deduplication dropped, print the ledger
 	@$(PLATFORM) run pipeline -- sudo -u pipeline clickstream account
 
+.PHONY: recompute
+recompute: $(VENV) ## Compute Gold again, report and repair what differs: ARGS="--from 2025-11-29T00:00Z --to 2025-11-30T00:00Z"
+	@$(PLATFORM) run pipeline -- sudo -u pipeline clickstream recompute $(ARGS)
+
 .PHONY: latency
 latency: $(VENV) ## Seconds from an event's timestamp to its count in the mart, over a minute
 	@$(PLATFORM) run pipeline -- sudo -u pipeline clickstream latency $(ARGS)

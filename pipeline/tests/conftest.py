@@ -17,9 +17,11 @@ import pytest
 
 os.environ["TZ"] = "UTC"
 
+from pyspark.sql import functions as F  # noqa: N812
 from pyspark.sql.types import StructType
 
 from clickstream import lake, silver
+from clickstream.rules import PRICE_TYPE
 from clickstream.session import spark_session
 from clickstream.settings import Settings
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from types import ModuleType
 
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import DataFrame, Row, SparkSession
     from pyspark.sql.streaming.query import StreamingQuery
 
 CASES = Path(__file__).parent / "cases"
@@ -116,6 +118,26 @@ def event(number: int = 1, **changes: Any) -> dict[str, Any]:
 
 def without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if key not in names}
+
+
+def csv_events(spark: SparkSession, path: Path) -> DataFrame:
+    """Silver's events from a file, as far as it has their columns."""
+    return (
+        spark.read.csv(str(path), header=True)
+        .withColumn("event_time", F.to_timestamp("event_time"))
+        .withColumn("price", F.col("price").cast(PRICE_TYPE))
+    )
+
+
+def as_text(row: Row, names: Iterable[str]) -> list[str]:
+    """These values of a row as the files of expected rows have them."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, datetime):
+            return value.isoformat(timespec="milliseconds") + "Z"
+        return "" if value is None else str(value)
+
+    return [text(row[name]) for name in names]
 
 
 class Topic:
@@ -230,3 +252,10 @@ def postgres() -> Iterator[str]:
     finally:
         run(binaries / "pg_ctl", "-D", data, "-m", "immediate", "-w", "stop")
         shutil.rmtree(base, ignore_errors=True)
+
+
+@pytest.fixture
+def dsn(postgres: str) -> Iterator[str]:
+    yield postgres
+    with psycopg.connect(postgres) as connection:
+        connection.execute("DROP SCHEMA IF EXISTS gold CASCADE")

@@ -155,14 +155,13 @@ def test_a_hole_is_named_until_it_is_closed(shop: Lake) -> None:
 
 
 def test_one_run_at_a_time(shop: Lake) -> None:
-    first = account.locked(shop.spark, shop.settings)
     with (
-        first,
-        pytest.raises(account.AccountError, match="another run began"),
-        account.locked(shop.spark, shop.settings),
+        lake.locked(shop.spark, shop.settings, account.LOCK),
+        pytest.raises(lake.JobError, match="another run began"),
+        lake.locked(shop.spark, shop.settings, account.LOCK),
     ):
         pass
-    with account.locked(shop.spark, shop.settings):
+    with lake.locked(shop.spark, shop.settings, account.LOCK):
         pass
 
 

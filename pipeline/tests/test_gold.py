@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -10,62 +11,50 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
-from conftest import CASES, NOW, Topic, event
-from pyspark.sql import functions as F  # noqa: N812
+from conftest import CASES, NOW, Topic, as_text, csv_events, event
 
 from clickstream import bronze, compact, gold, silver
 from clickstream.marts import MartWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from pyspark.sql import DataFrame, SparkSession
 
     from clickstream.settings import Settings
 
 
-def iso(column: str) -> Any:
-    return F.date_format(column, "yyyy-MM-dd'T'HH:mm:ss.SSS'Z'").alias(column)
-
-
-def test_golden_funnel(spark: SparkSession) -> None:
-    """Events and the funnel they make, side by side in tests/cases/gold."""
-    events = (
-        spark.read.csv(str(CASES / "gold" / "funnel.events.csv"), header=True)
-        .withColumn("event_time", F.to_timestamp("event_time"))
-        .withColumn("price", F.col("price").cast("decimal(12,2)"))
-    )
-    funnel = gold.product_funnel(events)
-    with (CASES / "gold" / "funnel.expected.csv").open() as lines:
+@pytest.mark.parametrize(
+    ("windowed", "events_file", "expected_file"),
+    [
+        (gold.FUNNEL_1M, "funnel.events.csv", "funnel.expected.csv"),
+        (gold.FUNNEL_1H, "hours.events.csv", "funnel_1h.expected.csv"),
+        (gold.CONVERSION_1H, "hours.events.csv", "conversion_1h.expected.csv"),
+    ],
+)
+def test_golden(spark: SparkSession, windowed: gold.Windowed, events_file: str, expected_file: str) -> None:
+    """Events and the figures they make, side by side in tests/cases/gold; the session's time zone makes no difference,
+    not even one whose hours begin at half past."""
+    with (CASES / "gold" / expected_file).open() as lines:
         expected = list(csv.DictReader(lines))
-    rows = funnel.select(
-        iso("window_start"),
-        *[F.col(c).cast("string") for c in expected[0] if c not in ("window_start", "last_event_at")],
-        iso("last_event_at"),
-    ).orderBy("window_start", "product_id")
-    assert [row.asDict() for row in rows.collect()] == expected
-    assert funnel.where("window_end != window_start + INTERVAL 1 MINUTE").count() == 0
-
-
-@pytest.fixture
-def dsn(postgres: str) -> Iterator[str]:
-    yield postgres
-    with psycopg.connect(postgres) as connection:
-        connection.execute("DROP SCHEMA IF EXISTS gold CASCADE")
+    figures = {}
+    for zone in ("Asia/Kolkata", "UTC"):
+        spark.conf.set("spark.sql.session.timeZone", zone)
+        figures[zone] = windowed.figures(csv_events(spark, CASES / "gold" / events_file)).collect()
+    for zone, rows in figures.items():
+        assert sorted(as_text(row, expected[0]) for row in rows) == [list(row.values()) for row in expected], zone
+        assert {row["window_end"] - row["window_start"] for row in rows} == {windowed.length}
 
 
 class Gold:
     """The real query over a real silver.events, with a real PostgreSQL behind it."""
 
-    def __init__(self, spark: SparkSession, settings: Settings, dsn: str) -> None:
-        from dataclasses import replace
-
+    def __init__(self, spark: SparkSession, settings: Settings, dsn: str, query: str = gold.QUERY) -> None:
+        self.query, self.tables = query, gold.QUERIES[query]
         self.spark, self.settings, self.dsn = spark, replace(settings, marts_dsn=dsn), dsn
         self.topic = Topic(spark)
         self.prepare()
 
     def prepare(self) -> None:
-        marts = gold.prepare(self.spark, self.settings)
+        marts = gold.prepare(self.spark, self.settings, self.tables)
         assert marts is not None
         self.marts = marts
 
@@ -77,8 +66,8 @@ class Gold:
 
     def run(self, writer: gold.GoldWriter | None = None) -> gold.GoldWriter:
         """A service that starts, handles what is there and stops; each start has a writer without memory."""
-        writer = writer or gold.GoldWriter(self.spark, self.settings, self.marts)
-        query = gold.build(self.spark, self.settings, writer).trigger(availableNow=True).start()
+        writer = writer or gold.GoldWriter(self.spark, self.settings, self.marts, self.tables)
+        query = gold.build(self.spark, self.settings, writer, self.query).trigger(availableNow=True).start()
         query.awaitTermination()
         return writer
 
@@ -93,7 +82,7 @@ class Gold:
         return {f"{row[0].astimezone(UTC):%H:%M}": row[-1] for row in self.mart()}
 
     def final(self) -> list[tuple[Any, ...]]:
-        rows = gold.FUNNEL_1M.read(self.spark, self.settings).orderBy("window_start", "product_id").collect()
+        rows = gold.FUNNEL_1M.table.read(self.spark, self.settings).orderBy("window_start", "product_id").collect()
         return [
             (
                 row["window_start"].replace(tzinfo=UTC),
@@ -213,7 +202,7 @@ def test_a_crash_before_any_write_is_made_good_without_the_batch(shop: Gold) -> 
     # as if the machine had died right after the commit of the checkpoint, with the mart's write lost
     with psycopg.connect(shop.dsn) as connection:
         connection.execute("UPDATE gold.product_funnel_1m SET is_final = false")
-    gold.FUNNEL_1M.read(shop.spark, shop.settings)
+    gold.FUNNEL_1M.table.read(shop.spark, shop.settings)
     shop.append(at(3, "12:30:30"))
     shop.run()
     shop.check()
@@ -228,6 +217,32 @@ def test_an_emptied_mart_is_filled_again(shop: Gold) -> None:
     shop.append(at(3, "12:30:30"))
     shop.run()
     shop.check()
+
+
+def test_hours(spark: SparkSession, settings: Settings, dsn: str) -> None:
+    """Live, then final, then corrected: the mart is what the events say, Delta holds what the mart calls final."""
+    shop = Gold(spark, settings, dsn, gold.HOURLY_QUERY)
+
+    def finality(*events: dict[str, Any]) -> dict[str, bool]:
+        shop.append(*events)
+        shop.run()
+        flags: dict[str, bool] = {}
+        for windowed in shop.tables:
+            rows = windowed.figures(silver.EVENTS.read(spark, shop.settings)).collect()
+            names = ", ".join(windowed.mart.columns)
+            with psycopg.connect(dsn) as connection:
+                mart = connection.execute(f"SELECT {names} FROM gold.{windowed.mart.name}").fetchall()  # type: ignore[arg-type,call-overload]
+            assert {row[:-1] for row in mart} == set(map(gold.in_utc, rows))
+            final = windowed.table.read(spark, shop.settings).drop("event_date").collect()
+            assert {row[:-1] for row in mart if row[-1]} == set(map(gold.in_utc, final))
+            flags |= {f"{row[0].astimezone(UTC):%H:%M}": row[-1] for row in mart}
+        return flags
+
+    bought = {"event_type": "purchase"}
+    events = at(1, "12:00:00"), at(2, "12:59:59.999", **bought), at(3, "13:09:59.999")
+    assert finality(*events) == {"12:00": False, "13:00": False}
+    assert finality(at(4, "13:10:00")) == {"12:00": True, "13:00": False}
+    assert finality(at(5, "12:30:00", device_type="desktop", **bought)) == {"12:00": True, "13:00": False}
 
 
 def test_any_split_into_batches_gives_the_same(spark: SparkSession, tmp_path: Path, dsn: str) -> None:
@@ -284,7 +299,7 @@ def test_without_a_mart_delta_is_still_written(spark: SparkSession, settings: Se
     rows = silver.events(silver.judge(records, settings))
     rows.write.format("delta").mode("append").save(settings.table("silver.events"))
     gold.build(spark, settings, writer).trigger(availableNow=True).start().awaitTermination()
-    assert gold.FUNNEL_1M.read(spark, settings).count() == 1
+    assert gold.FUNNEL_1M.table.read(spark, settings).count() == 1
     assert writer.newest == datetime(2025, 11, 29, 12, 30, tzinfo=UTC)
 
 
@@ -294,5 +309,5 @@ def test_only_touched_windows_are_read(shop: Gold) -> None:
     shop.append(at(2, "13:00:00"))
     events: DataFrame = silver.EVENTS.read(shop.spark, shop.settings)
     window = datetime(2025, 11, 29, 13, 0, tzinfo=UTC)
-    assert len(gold.in_windows(events, [window]).inputFiles()) <= 2
-    assert [row["event_id"] for row in gold.in_windows(events, [window]).collect()] == ["evt_00000002"]
+    assert len(gold.in_windows(events, [window], gold.MINUTE).inputFiles()) <= 2
+    assert [row["event_id"] for row in gold.in_windows(events, [window], gold.MINUTE).collect()] == ["evt_00000002"]

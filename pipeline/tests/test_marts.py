@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 
-from clickstream import marts
-from clickstream.gold import FUNNEL_1M_MART as MART
-from clickstream.marts import MartWriter
+from clickstream import gold, marts
+from clickstream.marts import Difference, MartWriter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+MART = gold.FUNNEL_1M.mart
 NOON = datetime(2025, 11, 29, 12, 0, tzinfo=UTC)
 
 
@@ -62,6 +62,29 @@ def test_windows_by_finality(writer: MartWriter) -> None:
     assert writer.windows(MART, final=True) == {NOON}
     assert writer.windows(MART, final=False) == {later}
     assert writer.windows(MART, final=True, since=later) == set()
+
+
+def test_a_range_is_compared_and_replaced(writer: MartWriter, postgres: str) -> None:
+    later, after = NOON + timedelta(minutes=1), NOON + timedelta(minutes=2)
+    served = [row("prod_0001", 1), row("prod_0002", 2), row("prod_0003", 3, later), row("prod_0001", 9, after)]
+    writer.replace_windows(MART, [NOON, later, after], served)
+    computed = [row("prod_0001", 1), row("prod_0002", 7), row("prod_0004", 4, later)]
+    computed = [(*figures, True) for *figures, _ in computed]
+
+    def reconcile(*, swap: bool) -> Difference:
+        (found,) = writer.reconcile([(MART, lambda: computed)], NOON, after, swap=swap)
+        return found
+
+    found = reconcile(swap=False)
+    assert found == Difference(1, 1, 1, [(NOON, "prod_0002"), (later, "prod_0003"), (later, "prod_0004")])
+    assert reconcile(swap=True) == found
+    assert reconcile(swap=True) == Difference(0, 0, 0, [])
+    assert set(rows(postgres, "product_id, views, is_final")) == {
+        ("prod_0001", 1, True),
+        ("prod_0002", 7, True),
+        ("prod_0004", 4, True),
+        ("prod_0001", 9, False),
+    }
 
 
 def test_a_lost_connection_is_made_again(writer: MartWriter, postgres: str) -> None:

@@ -38,6 +38,7 @@ def test_a_trailing_slash_makes_no_difference() -> None:
         ("BOOTSTRAP_SERVERS", "", "it is empty"),
         ("WATERMARK", "10", "'10 minutes'"),
         ("TRIGGER_GOLD", "3 fortnights", "'3 seconds'"),
+        ("TRIGGER_GOLD_HOURLY", "hourly", "'10 minutes'"),
         ("MAX_OFFSETS_PER_TRIGGER", "many", "whole number"),
         ("SHUFFLE_PARTITIONS", "0", "1 or more"),
         ("EXECUTOR_MEMORY", "1 GB", "'1g'"),

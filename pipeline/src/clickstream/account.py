@@ -15,7 +15,6 @@ once would both add the same rows, so a run takes a lock in the lake.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import time
@@ -27,12 +26,12 @@ from pyspark.sql import Window
 from pyspark.sql import functions as F  # noqa: N812
 
 from clickstream import bronze, silver
-from clickstream.lake import Table, append_once
+from clickstream.lake import JobError, Table, append_once, locked
 from clickstream.rules import RULESET_VERSION, check
 from clickstream.session import spark_session
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from pyspark.sql import Column, DataFrame, SparkSession
 
@@ -50,6 +49,8 @@ LEDGER = Table(
     partition_by=("ledger_date",),
 )
 
+# Held by whatever must not run while late events are added to Silver.
+LOCK = "account"
 DUPLICATE = "duplicate"
 CONFLICTING = "conflicting_duplicate"
 LATE = "late"
@@ -337,39 +338,14 @@ def account(spark: SparkSession, settings: Settings, ends: Mapping[tuple[str, in
     return Report(listed, named)
 
 
-class AccountError(Exception):
-    """What an operator has to do before the job can run."""
-
-
-@contextlib.contextmanager
-def locked(spark: SparkSession, settings: Settings) -> Iterator[None]:
-    """Holds the lake's lock of this job; AccountError when another run holds it."""
-    jvm = spark._jvm
-    assert jvm is not None
-    path = jvm.org.apache.hadoop.fs.Path(f"{settings.lake_uri}/_locks/account")
-    fs = path.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
-    if not fs.createNewFile(path):
-        since = fs.getFileStatus(path).getModificationTime() / 1000
-        raise AccountError(
-            f"another run began {time.time() - since:.0f} s ago and holds {path.toString()}; wait for it, "
-            "or remove that file if no run is there any more"
-        )
-    try:
-        yield
-    finally:
-        fs.delete(path, False)
-
-
 def run(settings: Settings) -> dict[str, Any]:
-    """Raises AccountError when another run is there, or the streams have not committed anything to this lake."""
+    """Raises JobError when another run is there, or the streams have not committed anything to this lake."""
     spark = spark_session(settings, "clickstream-account")
     try:
         ends = closed(spark, settings)
         if not ends:
-            raise AccountError(
-                f"neither Bronze nor Silver has committed a batch in {settings.lake_uri}; is it the lake?"
-            )
-        with locked(spark, settings):
+            raise JobError(f"neither Bronze nor Silver has committed a batch in {settings.lake_uri}; is it the lake?")
+        with locked(spark, settings, LOCK):
             return asdict(account(spark, settings, ends))
     finally:
         spark.stop()

@@ -1,6 +1,6 @@
 """The `clickstream` command: the streams and every bounded job.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or settings.
+Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 3 a dry run found differences.
 """
 
 from __future__ import annotations
@@ -10,25 +10,44 @@ import json
 import logging
 import sys
 from dataclasses import fields
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from clickstream import __version__
 from clickstream.settings import PREFIX, Settings, SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-STREAMS = ("bronze", "silver", "gold")
+STREAMS = ("bronze", "silver", "gold", "gold_hourly")
+# What `recompute` computes.
+GOLD = ("gold.product_funnel_1m", "gold.product_funnel_1h", "gold.conversion_1h", "gold.sessions")
 # The settings that are worth a flag; every other one has its variable.
 FLAGS = ("lake_uri", "bootstrap_servers", "topic", "spark_master", "marts_dsn", "status_dir")
 
 
-def _queries(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = sorted(set(names) - set(STREAMS))
-    if unknown or not names:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown) or 'nothing'} is not among {', '.join(STREAMS)}")
-    return [name for name in STREAMS if name in names]
+def _some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",") if name.strip()]
+        unknown = sorted(set(names) - set(known))
+        if unknown or not names:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown) or 'nothing'} is not among {', '.join(known)}")
+        return [name for name in known if name in names]
+
+    return parse
+
+
+def _hour(text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time; write for example 2025-11-29T12:00Z") from None
+    moment = moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
+    if moment.minute or moment.second or moment.microsecond:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole hour of UTC; write for example {moment:%Y-%m-%dT%H:00Z}"
+        )
+    return moment
 
 
 def _rows(text: str) -> int:
@@ -59,9 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     stream.add_argument(
         "--queries",
-        type=_queries,
+        type=_some_of(STREAMS),
         default=list(STREAMS),
-        help="comma-separated, of bronze, silver, gold (default: all)",
+        help=f"comma-separated, of {', '.join(STREAMS)} (default: all)",
     )
     job = commands.add_parser(
         "compact",
@@ -79,6 +98,29 @@ def _parser() -> argparse.ArgumentParser:
         "the ledger of the newly closed offsets. Exits 1, naming offsets, when one is unexplained.",
     )
     account.add_argument("--json", action="store_true", help="print the result as JSON")
+    recompute = commands.add_parser(
+        "recompute",
+        parents=[common],
+        help="compute Gold for a range of time again and repair what differs",
+        description="Computes whole hours of Gold again from silver.events, compares them with what Delta and the marts"
+        " serve, reports the differences, and replaces what differs: each table in one commit, all marts in one "
+        "transaction. Only hours that the streams have finished are computed; later ones are left out, with a message. "
+        "A visit in gold.sessions belongs to the hour it begins in, and is left out while it may go on.",
+        epilog="Exit codes: 0 done, or a dry run found no difference; 1 failed; 2 wrong usage; 3 a dry run found "
+        "differences.",
+    )
+    recompute.add_argument(
+        "--from", type=_hour, required=True, metavar="T", dest="start", help="first hour, for example 2025-11-29T12:00Z"
+    )
+    recompute.add_argument("--to", type=_hour, required=True, metavar="T", dest="end", help="end, not included")
+    recompute.add_argument(
+        "--tables",
+        type=_some_of(GOLD),
+        default=list(GOLD),
+        help=f"comma-separated, of {', '.join(GOLD)} (default: all)",
+    )
+    recompute.add_argument("--dry-run", action="store_true", help="report the differences and change nothing")
+    recompute.add_argument("--json", action="store_true", help="print the report as JSON")
     show = commands.add_parser(
         "show",
         parents=[common],
@@ -115,7 +157,7 @@ def _show(settings: Settings, limit: int, count_only: bool) -> int:
 
     from clickstream import gold
 
-    mart = gold.FUNNEL_1M_MART
+    mart = gold.FUNNEL_1M.mart
     table = f"{mart.schema}.{mart.name}"
     query = f"SELECT * FROM {table} ORDER BY window_start DESC, views DESC, product_id LIMIT {limit}"
     try:
@@ -149,8 +191,29 @@ def _report(report: dict[str, Any], as_json: bool) -> int:
     return 1 if report["unexplained"] else 0
 
 
+def _print_recomputed(report: dict[str, Any], as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _print_table([{name: value for name, value in line.items() if name != "first"} for line in report["lines"]])
+        for line in report["lines"]:
+            for key in line["first"]:
+                print(f"{line['table']} ({line['place']}) differs at {key}")
+        done = "replaced" if report["swapped"] else "nothing was changed"
+        print(f"{report['start']} to {report['end']}: {report['differences']} differences, {done}")
+    if report["end"] != report["asked"]:
+        print(
+            f"clickstream: {report['end']} to {report['asked']} is left out: not final yet; run it again later",
+            file=sys.stderr,
+        )
+    return 3 if report["differences"] and not report["swapped"] else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command == "recompute" and args.start >= args.end:
+        parser.error(f"--from {args.start:%Y-%m-%dT%H:%MZ} is not before --to {args.end:%Y-%m-%dT%H:%MZ}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("clickstream").setLevel(logging.INFO)
     for noisy in ("kafka", "py4j"):
@@ -173,14 +236,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         from clickstream import streams
 
         return streams.run(settings, args.queries)
-    if args.command == "account":
-        from clickstream import account
+    from clickstream.lake import JobError
 
-        try:
+    try:
+        if args.command == "account":
+            from clickstream import account
+
             return _report(account.run(settings), args.json)
-        except account.AccountError as error:
-            print(f"clickstream: {error}", file=sys.stderr)
-            return 1
+        if args.command == "recompute":
+            from clickstream import recompute
+
+            span = recompute.Span(args.start, args.end)
+            return _print_recomputed(recompute.run(settings, span, args.tables, dry_run=args.dry_run), args.json)
+    except JobError as error:
+        print(f"clickstream: {error}", file=sys.stderr)
+        return 1
     from clickstream import compact
 
     results = compact.run(settings, args.vacuum)

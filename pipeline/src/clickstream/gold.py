@@ -1,4 +1,5 @@
-"""Gold: the product funnel per minute, live in a Postgres mart and final in Delta.
+"""Gold's windows: the product funnel per minute and per hour, and conversion per hour; live in Postgres marts and
+final in Delta.
 
 Every batch names the windows it touched; those windows are computed again, whole, from silver.events, and
 replaced. So a replay, a duplicate delivery and a correction all end in the same figures, and no figure depends
@@ -8,42 +9,58 @@ on what an earlier batch remembered.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyspark.sql import functions as F  # noqa: N812
 from pyspark.sql.types import StructType
 
 from clickstream import silver
-from clickstream.lake import Table, retry_conflicts
+from clickstream.lake import Table
 from clickstream.marts import Mart, MartWriter
 from clickstream.settings import Settings, seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from pyspark.sql import DataFrame, Row, SparkSession
-    from pyspark.sql.streaming.readwriter import DataStreamWriter
+    from pyspark.sql import Column, DataFrame, Row, SparkSession
+    from pyspark.sql.streaming.readwriter import DataStreamReader, DataStreamWriter
 
 log = logging.getLogger("clickstream")
 
+# The minutes are the path of low latency. The hours, of which each batch computes a whole one again, have a query of
+# their own that looks for new rows less often.
 QUERY = "gold"
-WINDOW = timedelta(minutes=1)
+HOURLY_QUERY = "gold_hourly"
+MINUTE = timedelta(minutes=1)
+HOUR = timedelta(hours=1)
+MONEY = "decimal(22,2)"
 # Windows computed at once: bounds what the driver holds while it catches up.
 CHUNK = 60
 
-FUNNEL_1M = Table(
-    "gold.product_funnel_1m",
-    """
-    window_start TIMESTAMP, window_end TIMESTAMP, product_id STRING, product_category STRING,
-    views BIGINT, carts BIGINT, purchases BIGINT, revenue DECIMAL(22,2), users BIGINT, sessions BIGINT,
-    last_event_at TIMESTAMP, event_date DATE
-    """,
-    partition_by=("event_date",),
-)
-TABLES = (FUNNEL_1M,)
 
-_FIGURES = (
+@dataclass(frozen=True)
+class Windowed:
+    """A Gold table of windows: where it is kept, how long a window is, and what makes its rows.
+
+    `figures` is pure: silver.events to the mart's columns without `is_final`, in their order. Windows begin at whole
+    multiples of `length` since the epoch, so a length divides a day.
+    """
+
+    table: Table
+    mart: Mart
+    length: timedelta
+    figures: Callable[[DataFrame], DataFrame]
+
+
+def window_start(length: timedelta) -> Column:
+    """The start of an event's window; counted from the epoch, so the session's time zone does not matter."""
+    at = F.unix_seconds("event_time")
+    return F.timestamp_seconds(at - F.pmod(at, F.lit(int(length.total_seconds()))))
+
+
+_FUNNEL = (
     "window_start",
     "window_end",
     "product_id",
@@ -56,71 +73,197 @@ _FIGURES = (
     "sessions",
     "last_event_at",
 )
-FUNNEL_1M_MART = Mart(
-    schema="gold",
-    name="product_funnel_1m",
-    columns=(*_FIGURES, "is_final"),
-    key=("window_start", "product_id"),
-    ddl=(
-        # Room in each page, because a live window is updated every few seconds.
-        """CREATE TABLE IF NOT EXISTS {table} (
-            window_start     timestamptz    NOT NULL,
-            window_end       timestamptz    NOT NULL,
-            product_id       text           NOT NULL,
-            product_category text           NOT NULL,
-            views            bigint         NOT NULL,
-            carts            bigint         NOT NULL,
-            purchases        bigint         NOT NULL,
-            revenue          numeric(22, 2) NOT NULL,
-            users            bigint         NOT NULL,
-            sessions         bigint         NOT NULL,
-            last_event_at    timestamptz    NOT NULL,
-            is_final         boolean        NOT NULL,
-            updated_at       timestamptz    NOT NULL DEFAULT clock_timestamp(),
-            PRIMARY KEY (window_start, product_id)
-        ) WITH (fillfactor = 70)""",
-        "CREATE INDEX IF NOT EXISTS product_funnel_1m_live ON {table} (window_start) WHERE NOT is_final",
-        "CREATE INDEX IF NOT EXISTS product_funnel_1m_product ON {table} (product_id, window_start)",
-    ),
+
+
+_CONVERSION = (
+    "window_start",
+    "window_end",
+    "dimension",
+    "value",
+    "views",
+    "carts",
+    "purchases",
+    "revenue",
+    "sessions_with_view",
+    "sessions_converted",
+    "purchases_per_view",
+    "session_conversion",
 )
 
 
-def product_funnel(events: DataFrame) -> DataFrame:
-    """The funnel of each product in each minute, from silver.events. Pure.
+def counts() -> list[Column]:
+    """What is counted of any group of events: views, carts, purchases and revenue."""
+    kind = F.col("event_type")
+    return [
+        F.count_if(kind == "view").alias("views"),
+        F.count_if(kind == "add_to_cart").alias("carts"),
+        F.count_if(kind == "purchase").alias("purchases"),
+        F.coalesce(F.sum(F.when(kind == "purchase", F.col("price"))), F.lit(0)).cast(MONEY).alias("revenue"),
+    ]
+
+
+def product_funnel(events: DataFrame, length: timedelta = MINUTE) -> DataFrame:
+    """The funnel of each product in each window, from silver.events. Pure.
 
     The distinct counts are exact: the users of one product in one minute fit in memory, and sets need one
-    shuffle where count_distinct needs two and an expansion.
+    shuffle where count_distinct needs two and an expansion. Longer windows take the latter, which can spill.
     """
-    minute = F.date_trunc("minute", "event_time")
-    kind = F.col("event_type")
+
+    def distinct(column: str) -> Column:
+        if length > MINUTE:
+            return F.count_distinct(column)
+        return F.size(F.collect_set(column)).cast("bigint")
+
     return (
-        events.groupBy(minute.alias("window_start"), "product_id")
+        events.groupBy(window_start(length).alias("window_start"), "product_id")
         .agg(
             # A product keeps its category; should one ever change, the latest event's name is taken.
             F.max_by("product_category", F.struct("event_time", "event_id")).alias("product_category"),
-            F.count_if(kind == "view").alias("views"),
-            F.count_if(kind == "add_to_cart").alias("carts"),
-            F.count_if(kind == "purchase").alias("purchases"),
-            F.coalesce(F.sum(F.when(kind == "purchase", F.col("price"))), F.lit(0))
-            .cast("decimal(22,2)")
-            .alias("revenue"),
-            F.size(F.collect_set("user_id")).cast("bigint").alias("users"),
-            F.size(F.collect_set("session_id")).cast("bigint").alias("sessions"),
+            *counts(),
+            distinct("user_id").alias("users"),
+            distinct("session_id").alias("sessions"),
             F.max("event_time").alias("last_event_at"),
         )
-        .withColumn("window_end", F.col("window_start") + F.expr("INTERVAL 1 MINUTE"))
-        .select(*_FIGURES)
+        .withColumn("window_end", F.col("window_start") + F.lit(length))
+        .select(*_FUNNEL)
     )
 
 
-def in_windows(events: DataFrame, windows: Sequence[datetime]) -> DataFrame:
-    """The events of these minutes. Dates and the outer bounds prune partitions and files; the set is exact."""
+def conversion(events: DataFrame, length: timedelta = HOUR) -> DataFrame:
+    """Conversion in each window by category and by device, from silver.events, defined in two ways. Pure.
+
+    - `purchases_per_view`: purchases / views. It may exceed 1, and is null without a view.
+    - `session_conversion`: sessions_converted / sessions_with_view, from 0 to 1, null without such a session. A session
+      is a pair of user_id and session_id. Its events of one window and one value (a category or a device) are looked
+      at alone, in any order: it is counted in `sessions_with_view` when a view is among them, and in
+      `sessions_converted` when both a view and a purchase are. So a session may count in several windows and
+      categories, and one whose view was in another hour does not convert in this one.
+    """
+    dimensions = F.array(
+        F.struct(F.lit("category").alias("dimension"), F.col("product_category").alias("value")),
+        F.struct(F.lit("device").alias("dimension"), F.col("device_type").alias("value")),
+    )
+    sessions = (
+        events.withColumn("by", F.explode(dimensions))
+        .groupBy(window_start(length).alias("window_start"), "by.dimension", "by.value", "user_id", "session_id")
+        .agg(*counts())
+    )
+    seen = F.col("views") > 0
+    return (
+        sessions.groupBy("window_start", "dimension", "value")
+        .agg(
+            *(F.sum(name).alias(name) for name in ("views", "carts", "purchases")),
+            F.sum("revenue").cast(MONEY).alias("revenue"),
+            F.count_if(seen).alias("sessions_with_view"),
+            F.count_if(seen & (F.col("purchases") > 0)).alias("sessions_converted"),
+        )
+        .withColumn("window_end", F.col("window_start") + F.lit(length))
+        .withColumn("purchases_per_view", F.try_divide("purchases", "views"))
+        .withColumn("session_conversion", F.try_divide("sessions_converted", "sessions_with_view"))
+        .select(*_CONVERSION)
+    )
+
+
+def _funnel(name: str, length: timedelta) -> Windowed:
+    return Windowed(
+        Table(
+            f"gold.{name}",
+            """
+            window_start TIMESTAMP, window_end TIMESTAMP, product_id STRING, product_category STRING,
+            views BIGINT, carts BIGINT, purchases BIGINT, revenue DECIMAL(22,2), users BIGINT, sessions BIGINT,
+            last_event_at TIMESTAMP, event_date DATE
+            """,
+            partition_by=("event_date",),
+        ),
+        Mart(
+            schema="gold",
+            name=name,
+            columns=(*_FUNNEL, "is_final"),
+            key=("window_start", "product_id"),
+            ddl=(
+                # Room in each page, because a live window is updated every few seconds.
+                """CREATE TABLE IF NOT EXISTS {table} (
+                    window_start     timestamptz    NOT NULL,
+                    window_end       timestamptz    NOT NULL,
+                    product_id       text           NOT NULL,
+                    product_category text           NOT NULL,
+                    views            bigint         NOT NULL,
+                    carts            bigint         NOT NULL,
+                    purchases        bigint         NOT NULL,
+                    revenue          numeric(22, 2) NOT NULL,
+                    users            bigint         NOT NULL,
+                    sessions         bigint         NOT NULL,
+                    last_event_at    timestamptz    NOT NULL,
+                    is_final         boolean        NOT NULL,
+                    updated_at       timestamptz    NOT NULL DEFAULT clock_timestamp(),
+                    PRIMARY KEY (window_start, product_id)
+                ) WITH (fillfactor = 70)""",
+                f"CREATE INDEX IF NOT EXISTS {name}_live ON {{table}} (window_start) WHERE NOT is_final",
+                f"CREATE INDEX IF NOT EXISTS {name}_product ON {{table}} (product_id, window_start)",
+            ),
+        ),
+        length,
+        lambda events: product_funnel(events, length),
+    )
+
+
+FUNNEL_1M = _funnel("product_funnel_1m", MINUTE)
+FUNNEL_1H = _funnel("product_funnel_1h", HOUR)
+CONVERSION_1H = Windowed(
+    Table(
+        "gold.conversion_1h",
+        """
+        window_start TIMESTAMP, window_end TIMESTAMP, dimension STRING, value STRING,
+        views BIGINT, carts BIGINT, purchases BIGINT, revenue DECIMAL(22,2),
+        sessions_with_view BIGINT, sessions_converted BIGINT,
+        purchases_per_view DOUBLE, session_conversion DOUBLE, event_date DATE
+        """,
+        partition_by=("event_date",),
+    ),
+    Mart(
+        schema="gold",
+        name="conversion_1h",
+        columns=(*_CONVERSION, "is_final"),
+        key=("window_start", "dimension", "value"),
+        ddl=(
+            """CREATE TABLE IF NOT EXISTS {table} (
+                window_start       timestamptz      NOT NULL,
+                window_end         timestamptz      NOT NULL,
+                dimension          text             NOT NULL CHECK (dimension IN ('category', 'device')),
+                value              text             NOT NULL,
+                views              bigint           NOT NULL,
+                carts              bigint           NOT NULL,
+                purchases          bigint           NOT NULL,
+                revenue            numeric(22, 2)   NOT NULL,
+                sessions_with_view bigint           NOT NULL,
+                sessions_converted bigint           NOT NULL,
+                purchases_per_view double precision,
+                session_conversion double precision,
+                is_final           boolean          NOT NULL,
+                updated_at         timestamptz      NOT NULL DEFAULT clock_timestamp(),
+                PRIMARY KEY (window_start, dimension, value)
+            ) WITH (fillfactor = 70)""",
+            "CREATE INDEX IF NOT EXISTS conversion_1h_live ON {table} (window_start) WHERE NOT is_final",
+            "CREATE INDEX IF NOT EXISTS conversion_1h_value ON {table} (dimension, value, window_start)",
+        ),
+    ),
+    HOUR,
+    conversion,
+)
+WINDOWED = (FUNNEL_1M, FUNNEL_1H, CONVERSION_1H)
+# What each query keeps.
+QUERIES = {QUERY: (FUNNEL_1M,), HOURLY_QUERY: (FUNNEL_1H, CONVERSION_1H)}
+TABLES = tuple(windowed.table for windowed in WINDOWED)
+
+
+def in_windows(events: DataFrame, windows: Sequence[datetime], length: timedelta) -> DataFrame:
+    """The events of these windows. Dates and the outer bounds prune partitions and files; the set is exact."""
     dates = sorted({w.date() for w in windows})
     return events.where(
         F.col("event_date").isin(dates)
         & (F.col("event_time") >= F.lit(min(windows)))
-        & (F.col("event_time") < F.lit(max(windows) + WINDOW))
-        & F.date_trunc("minute", "event_time").isin(list(windows))
+        & (F.col("event_time") < F.lit(max(windows) + length))
+        & window_start(length).isin(list(windows))
     )
 
 
@@ -129,13 +272,32 @@ def utc(moment: datetime) -> datetime:
     return moment.astimezone(UTC)
 
 
-class GoldWriter:
-    """What the query does with a batch. Its memory is a cache: it is rebuilt from the tables at start."""
+def in_utc(row: Row) -> tuple[Any, ...]:
+    """A row's values, its timestamps with their zone."""
+    return tuple(utc(value) if isinstance(value, datetime) else value for value in row)
 
-    def __init__(self, spark: SparkSession, settings: Settings, marts: MartWriter | None) -> None:
+
+def timestamp(moment: datetime) -> str:
+    """A moment as a literal of SQL."""
+    return f"TIMESTAMP '{moment:%Y-%m-%d %H:%M:%S}Z'"
+
+
+class GoldWriter:
+    """What a query does with a batch, for tables of one window length. Its memory is a cache: it is rebuilt from the
+    tables at start."""
+
+    def __init__(
+        self,
+        spark: SparkSession,
+        settings: Settings,
+        marts: MartWriter | None,
+        tables: Sequence[Windowed] = (FUNNEL_1M,),
+    ) -> None:
         self._spark = spark
         self._settings = settings
         self._marts = marts
+        self._tables = tables
+        (self._length,) = {windowed.length for windowed in tables}
         self._watermark = timedelta(seconds=seconds(settings.watermark))
         self._newest: datetime | None = None
         self._open: set[datetime] | None = None
@@ -145,36 +307,39 @@ class GoldWriter:
         """The latest event time seen."""
         return self._newest
 
-    def _minutes(self, events: DataFrame) -> tuple[set[datetime], datetime | None]:
+    def _windows(self, events: DataFrame) -> tuple[set[datetime], datetime | None]:
         """The windows these events are in, and the latest event time."""
-        minutes = (
-            events.groupBy(F.date_trunc("minute", "event_time").alias("window_start"))
+        windows = (
+            events.groupBy(window_start(self._length).alias("window_start"))
             .agg(F.max("event_time").alias("newest"))
             .collect()
         )
-        return {utc(m["window_start"]) for m in minutes}, max((utc(m["newest"]) for m in minutes), default=None)
+        return {utc(w["window_start"]) for w in windows}, max((utc(w["newest"]) for w in windows), default=None)
 
     def recover(self) -> set[datetime]:
-        """The windows that are not final in both places: what a crash or an idle shop left unfinished."""
-        final = FUNNEL_1M.read(self._spark, self._settings)
-        last = final.agg(F.max("event_date").alias("day")).first()
+        """The windows that are not final in every place: what a crash or an idle shop left unfinished."""
+        finals = [windowed.table.read(self._spark, self._settings) for windowed in self._tables]
+        days = [row["day"] for final in finals for row in final.agg(F.max("event_date").alias("day")).collect()]
         events = silver.EVENTS.read(self._spark, self._settings)
         since = None
-        if last is not None and last["day"] is not None:
+        if None not in days:
             # Older windows became final long ago; a correction names its own windows.
-            day = last["day"] - timedelta(days=1)
-            events, final = (df.where(F.col("event_date") >= F.lit(day)) for df in (events, final))
+            day = min(days) - timedelta(days=1)
+            events, *finals = (df.where(F.col("event_date") >= F.lit(day)) for df in (events, *finals))
             since = datetime(day.year, day.month, day.day, tzinfo=UTC)
-        known, self._newest = self._minutes(events)
-        done = {utc(row["window_start"]) for row in final.select("window_start").distinct().collect()}
-        unfinished = known - done
-        if self._marts is not None:
-            unfinished |= known - self._marts.windows(FUNNEL_1M_MART, final=True, since=since)
-            unfinished |= self._marts.windows(FUNNEL_1M_MART, final=False)
+        known, self._newest = self._windows(events)
+        unfinished: set[datetime] = set()
+        for windowed, final in zip(self._tables, finals, strict=True):
+            unfinished |= known - {
+                utc(row["window_start"]) for row in final.select("window_start").distinct().collect()
+            }
+            if self._marts is not None:
+                unfinished |= known - self._marts.windows(windowed.mart, final=True, since=since)
+                unfinished |= self._marts.windows(windowed.mart, final=False)
         return unfinished
 
     def __call__(self, batch: DataFrame, batch_id: int) -> None:
-        touched, newest = self._minutes(batch)
+        touched, newest = self._windows(batch)
         if self._open is None:
             self._open = self.recover()
             touched |= self._open
@@ -186,86 +351,81 @@ class GoldWriter:
         # Silver drops what is older than this, so only a correction can still reach such a window, and it
         # comes as a batch that touches it.
         horizon = self._newest - self._watermark
-        final = {w for w in self._open if w + WINDOW <= horizon}
+        final = {w for w in self._open if w + self._length <= horizon}
         todo = sorted(touched | final)
         for start in range(0, len(todo), CHUNK):
             chunk = todo[start : start + CHUNK]
-            self.refresh(chunk, [w for w in chunk if w in final])
+            for windowed in self._tables:
+                self.refresh(windowed, chunk, [w for w in chunk if w in final])
         self._open -= final
 
-    def refresh(self, windows: Sequence[datetime], final: Iterable[datetime]) -> None:
+    def refresh(self, windowed: Windowed, windows: Sequence[datetime], final: Iterable[datetime]) -> None:
         """Computes these windows and replaces them: final ones in Delta, then all in the mart.
 
         In this order a crash in between leaves the window not final in the mart, so it is done again.
         """
         final = set(final)
-        rows = product_funnel(in_windows(silver.EVENTS.read(self._spark, self._settings), windows)).collect()
+        events = in_windows(silver.EVENTS.read(self._spark, self._settings), windows, windowed.length)
+        rows = windowed.figures(events).collect()
         if final:
-            self._replace_final([row for row in rows if utc(row["window_start"]) in final], sorted(final))
+            self._replace_final(
+                windowed.table, [row for row in rows if utc(row["window_start"]) in final], sorted(final)
+            )
         if self._marts is not None:
             self._marts.replace_windows(
-                FUNNEL_1M_MART,
+                windowed.mart,
                 windows,
-                [
-                    (
-                        *(utc(v) if isinstance(v, datetime) else v for v in row),
-                        utc(row["window_start"]) in final,
-                    )
-                    for row in rows
-                ],
+                [(*in_utc(row), utc(row["window_start"]) in final) for row in rows],
             )
 
-    def _replace_final(self, rows: list[Row], windows: Sequence[datetime]) -> None:
-        figures = StructType(FUNNEL_1M.schema.fields[:-1])
+    def _replace_final(self, table: Table, rows: list[Row], windows: Sequence[datetime]) -> None:
+        figures = StructType(table.schema.fields[:-1])
         df = (
-            self._spark.createDataFrame(
-                [
-                    tuple(utc(v) if isinstance(v := row[name], datetime) else v for name in figures.names)
-                    for row in rows
-                ],
-                figures,
-            )
+            self._spark.createDataFrame([in_utc(row) for row in rows], figures)
             .withColumn("event_date", F.to_date("window_start"))
             .coalesce(1)
         )
-        listed = ", ".join(f"TIMESTAMP '{w:%Y-%m-%d %H:%M:%S}Z'" for w in windows)
+        listed = ", ".join(map(timestamp, windows))
         dates = ", ".join(sorted({f"DATE '{w:%Y-%m-%d}'" for w in windows}))
-        where = f"event_date IN ({dates}) AND window_start IN ({listed})"
-        path = self._settings.table(FUNNEL_1M.name)
-        retry_conflicts(lambda: df.write.format("delta").mode("overwrite").option("replaceWhere", where).save(path))
+        table.replace(df, self._settings, f"event_date IN ({dates}) AND window_start IN ({listed})")
 
 
-def prepare(spark: SparkSession, settings: Settings) -> MartWriter | None:
+def prepare(spark: SparkSession, settings: Settings, tables: Sequence[Windowed] = (FUNNEL_1M,)) -> MartWriter | None:
     """Tables and marts, created where missing. Without a DSN there is no mart, only Delta."""
-    for table in (*silver.TABLES, *TABLES):
+    for table in (*silver.TABLES, *(windowed.table for windowed in tables)):
         table.ensure(spark, settings)
     if not settings.marts_dsn:
         log.warning("CLICKSTREAM_MARTS_DSN is not set: no Postgres mart is written")
         return None
     marts = MartWriter(settings.marts_dsn)
-    marts.ensure(FUNNEL_1M_MART)
+    for windowed in tables:
+        marts.ensure(windowed.mart)
     return marts
 
 
-def events_stream(spark: SparkSession, settings: Settings) -> DataFrame:
+def _stream(spark: SparkSession) -> DataStreamReader:
     return (
         spark.readStream.format("delta")
         # Compaction carries dataChange=false and is not seen at all; a correcting append is an append. A commit
         # that rewrites events belongs to the batch layer, which recomputes Gold for it: skip it, do not stop.
         .option("skipChangeCommits", "true")
         .option("maxFilesPerTrigger", "1000")
-        .option("maxBytesPerTrigger", settings.max_bytes_per_trigger)
-        .load(settings.table(silver.EVENTS.name))
-        .select("event_time")
     )
 
 
-def build(spark: SparkSession, settings: Settings, write: Callable[[DataFrame, int], None]) -> DataStreamWriter:
+def build(
+    spark: SparkSession, settings: Settings, write: Callable[[DataFrame, int], None], query: str = QUERY
+) -> DataStreamWriter:
+    stream, trigger = _stream(spark), settings.trigger_gold_hourly
+    if query == QUERY:
+        # Only here: a limit of bytes for each minute would be a limit of events a second.
+        stream, trigger = stream.option("maxBytesPerTrigger", settings.max_bytes_per_trigger), settings.trigger_gold
     return (
-        events_stream(spark, settings)
-        .writeStream.queryName(QUERY)
+        stream.load(settings.table(silver.EVENTS.name))
+        .select("event_time")
+        .writeStream.queryName(query)
         .foreachBatch(write)
         .outputMode("append")
-        .option("checkpointLocation", settings.checkpoint(QUERY))
-        .trigger(processingTime=settings.trigger_gold)
+        .option("checkpointLocation", settings.checkpoint(query))
+        .trigger(processingTime=trigger)
     )

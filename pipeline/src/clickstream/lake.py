@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import time
@@ -21,7 +22,7 @@ from delta.tables import DeltaTable
 from pyspark.sql.types import StructType
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from pyspark.sql import DataFrame, SparkSession
 
@@ -83,8 +84,17 @@ class Table:
         if changed:
             spark.sql(f"ALTER TABLE {path} SET TBLPROPERTIES ({pairs(changed)})")
 
-    def read(self, spark: SparkSession, settings: Settings) -> DataFrame:
-        return spark.read.format("delta").load(settings.table(self.name))
+    def read(self, spark: SparkSession, settings: Settings, version: int | None = None) -> DataFrame:
+        """The table; at each use as it is then, unless a version is given."""
+        reader = spark.read.format("delta")
+        if version is not None:
+            reader = reader.option("versionAsOf", version)
+        return reader.load(settings.table(self.name))
+
+    def replace(self, rows: DataFrame, settings: Settings, where: str) -> None:
+        """Makes the table hold exactly `rows` where the condition is true, in one commit."""
+        path = settings.table(self.name)
+        retry_conflicts(lambda: rows.write.format("delta").mode("overwrite").option("replaceWhere", where).save(path))
 
 
 def retry_conflicts(action: Callable[[], T], attempts: int = 6) -> T:
@@ -98,6 +108,29 @@ def retry_conflicts(action: Callable[[], T], attempts: int = 6) -> T:
             log.info("a concurrent commit won (%s), attempt %d", type(error).__name__, attempt)
             time.sleep(random.uniform(0.2, 0.5) * attempt)
     raise AssertionError("unreachable")
+
+
+class JobError(Exception):
+    """What an operator has to do before a bounded job can run."""
+
+
+@contextlib.contextmanager
+def locked(spark: SparkSession, settings: Settings, name: str) -> Iterator[None]:
+    """Holds a lock of the lake; JobError when another run holds it."""
+    jvm = spark._jvm
+    assert jvm is not None
+    path = jvm.org.apache.hadoop.fs.Path(f"{settings.lake_uri}/_locks/{name}")
+    fs = path.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
+    if not fs.createNewFile(path):
+        since = fs.getFileStatus(path).getModificationTime() / 1000
+        raise JobError(
+            f"another run began {time.time() - since:.0f} s ago and holds {path.toString()}; wait for it, "
+            "or remove that file if no run is there any more"
+        )
+    try:
+        yield
+    finally:
+        fs.delete(path, False)
 
 
 def append_once(df: DataFrame, path: str, app_id: str, version: int) -> None:

@@ -19,21 +19,41 @@ log = logging.getLogger("clickstream")
 T = TypeVar("T")
 
 RETRY_SECONDS = 60.0
+# How many differing keys are named.
+NAMED = 5
 
 
 @dataclass(frozen=True)
 class Mart:
-    """A mart table that is replaced window by window; `ddl` creates schema-less objects idempotently."""
+    """A mart table that is replaced window by window or by a range of time; `ddl` creates schema-less objects
+    idempotently."""
 
     schema: str
     name: str
     columns: tuple[str, ...]
     key: tuple[str, ...]
     ddl: tuple[str, ...]
+    # The column that says when; a part of the key.
+    time: str = "window_start"
 
     @property
     def table(self) -> sql.Identifier:
         return sql.Identifier(self.schema, self.name)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What is served against what was computed: rows only computed, only served, in both with other figures; and the
+    first keys of all of these."""
+
+    missing: int
+    surplus: int
+    differing: int
+    keys: list[tuple[Any, ...]]
+
+    @property
+    def any(self) -> bool:
+        return bool(self.missing or self.surplus or self.differing)
 
 
 class MartWriter:
@@ -96,43 +116,115 @@ class MartWriter:
     def replace_windows(self, mart: Mart, windows: Sequence[datetime], rows: Iterable[Sequence[Any]]) -> None:
         """Makes the mart hold exactly `rows` for `windows`; rows that are the same already are not touched."""
         rows = list(rows)
-        names = {
-            "table": mart.table,
-            "columns": sql.SQL(", ").join(map(sql.Identifier, mart.columns)),
-            "key": sql.SQL(", ").join(map(sql.Identifier, mart.key)),
-            "set": sql.SQL(", ").join(
-                sql.SQL("{0} = excluded.{0}").format(sql.Identifier(c)) for c in mart.columns if c not in mart.key
-            ),
-            "old": sql.SQL(", ").join(sql.SQL("old.{}").format(sql.Identifier(c)) for c in mart.columns),
-            "new": sql.SQL(", ").join(sql.SQL("excluded.{}").format(sql.Identifier(c)) for c in mart.columns),
-            "same": sql.SQL(" AND ").join(sql.SQL("new.{0} = old.{0}").format(sql.Identifier(c)) for c in mart.key),
-        }
 
         def work(connection: psycopg.Connection[Any]) -> None:
-            connection.execute(
-                sql.SQL("CREATE TEMP TABLE incoming ON COMMIT DROP AS SELECT {columns} FROM {table} LIMIT 0").format(
-                    **names
-                )
-            )
-            with (
-                connection.cursor() as cursor,
-                cursor.copy(sql.SQL("COPY incoming ({columns}) FROM STDIN").format(**names)) as copy,
-            ):
-                for row in rows:
-                    copy.write_row(row)
-            connection.execute(
-                sql.SQL(
-                    "DELETE FROM {table} old WHERE window_start = ANY(%s) "
-                    "AND NOT EXISTS (SELECT FROM incoming new WHERE {same})"
-                ).format(**names),
-                (list(windows),),
-            )
-            connection.execute(
-                sql.SQL(
-                    "INSERT INTO {table} AS old ({columns}) SELECT {columns} FROM incoming "
-                    "ON CONFLICT ({key}) DO UPDATE SET {set}, updated_at = clock_timestamp() "
-                    "WHERE ({old}) IS DISTINCT FROM ({new})"
-                ).format(**names)
-            )
+            _load(connection, mart, rows)
+            _swap(connection, mart, sql.SQL("{time} = ANY(%s)"), (list(windows),))
 
         self._transact(work)
+
+    def reconcile(
+        self,
+        parts: Sequence[tuple[Mart, Callable[[], Iterable[Sequence[Any]]]]],
+        start: datetime,
+        end: datetime,
+        *,
+        swap: bool,
+    ) -> list[Difference]:
+        """How each mart differs from these rows from `start` to before `end`; with `swap` it then holds exactly them.
+
+        All in one transaction. The rows are asked for again when it has to be repeated. A row that only was not final
+        is no difference.
+        """
+
+        def work(connection: psycopg.Connection[Any]) -> list[Difference]:
+            found = []
+            for mart, rows in parts:
+                _load(connection, mart, rows())
+                found.append(_differences(connection, mart, start, end))
+                if swap:
+                    _swap(connection, mart, sql.SQL("{time} >= %s AND {time} < %s"), (start, end))
+                connection.execute("DROP TABLE incoming")
+            return found
+
+        return self._transact(work)
+
+
+def _columns(names: Iterable[str], prefix: str = "") -> sql.Composed:
+    return sql.SQL(", ").join(sql.SQL(prefix + "{}").format(sql.Identifier(name)) for name in names)
+
+
+def _load(connection: psycopg.Connection[Any], mart: Mart, rows: Iterable[Sequence[Any]]) -> None:
+    """Puts rows into the temporary table `incoming`."""
+    names = {"table": mart.table, "columns": _columns(mart.columns)}
+    connection.execute(
+        sql.SQL("CREATE TEMP TABLE incoming ON COMMIT DROP AS SELECT {columns} FROM {table} LIMIT 0").format(**names)
+    )
+    with (
+        connection.cursor() as cursor,
+        cursor.copy(sql.SQL("COPY incoming ({columns}) FROM STDIN").format(**names)) as copy,
+    ):
+        for row in rows:
+            copy.write_row(row)
+
+
+def _swap(connection: psycopg.Connection[Any], mart: Mart, scope: sql.SQL, values: Sequence[Any]) -> None:
+    """Makes the mart hold exactly the rows of `incoming` where `scope` is true."""
+    names = {
+        "table": mart.table,
+        "columns": _columns(mart.columns),
+        "key": _columns(mart.key),
+        "scope": scope.format(time=sql.Identifier(mart.time)),
+        "set": sql.SQL(", ").join(
+            sql.SQL("{0} = excluded.{0}").format(sql.Identifier(c)) for c in mart.columns if c not in mart.key
+        ),
+        "old": _columns(mart.columns, "old."),
+        "new": _columns(mart.columns, "excluded."),
+        "same": sql.SQL(" AND ").join(sql.SQL("new.{0} = old.{0}").format(sql.Identifier(c)) for c in mart.key),
+    }
+    connection.execute(
+        sql.SQL("DELETE FROM {table} old WHERE {scope} AND NOT EXISTS (SELECT FROM incoming new WHERE {same})").format(
+            **names
+        ),
+        values,
+    )
+    connection.execute(
+        sql.SQL(
+            "INSERT INTO {table} AS old ({columns}) SELECT {columns} FROM incoming "
+            "ON CONFLICT ({key}) DO UPDATE SET {set}, updated_at = clock_timestamp() "
+            "WHERE ({old}) IS DISTINCT FROM ({new})"
+        ).format(**names)
+    )
+
+
+def _differences(connection: psycopg.Connection[Any], mart: Mart, start: datetime, end: datetime) -> Difference:
+    """How the mart, from `start` to before `end`, differs from the rows of `incoming`."""
+    figures = [name for name in mart.columns if name not in (*mart.key, "is_final")]
+    names = {
+        "table": mart.table,
+        "time": sql.Identifier(mart.time),
+        "key": _columns(mart.key),
+        "old": _columns(figures, "old."),
+        "new": _columns(figures, "new."),
+    }
+    connection.execute(
+        sql.SQL(
+            "CREATE TEMP TABLE differing ON COMMIT DROP AS "
+            "SELECT {key}, old.there IS NULL AS missing, new.there IS NULL AS surplus "
+            "FROM (SELECT *, true AS there FROM {table} WHERE {time} >= %s AND {time} < %s) old "
+            "FULL JOIN (SELECT *, true AS there FROM incoming) new USING ({key}) "
+            "WHERE old.there IS NULL OR new.there IS NULL OR ({old}) IS DISTINCT FROM ({new})"
+        ).format(**names),
+        (start, end),
+    )
+    counted = connection.execute(
+        "SELECT count(*) FILTER (WHERE missing), count(*) FILTER (WHERE surplus), "
+        "count(*) FILTER (WHERE NOT missing AND NOT surplus) FROM differing"
+    ).fetchone()
+    assert counted is not None
+    named = connection.execute(
+        sql.SQL("SELECT {key} FROM differing ORDER BY {key} LIMIT {limit}").format(limit=NAMED, **names)
+    ).fetchall()
+    connection.execute("DROP TABLE differing")
+    missing, surplus, differing = counted
+    return Difference(missing, surplus, differing, named)

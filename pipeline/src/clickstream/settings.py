@@ -53,6 +53,7 @@ class Settings:
     trigger_bronze: str = "10 seconds"
     trigger_silver: str = "3 seconds"
     trigger_gold: str = "1 second"
+    trigger_gold_hourly: str = "1 minute"
     # How late a valid event may come and still be deduplicated and counted by the streams.
     watermark: str = "10 minutes"
     # An event may be this far ahead of Kafka's and our clock, and this far behind Kafka's, to be believed.
@@ -95,6 +96,7 @@ class Settings:
             "trigger_bronze",
             "trigger_silver",
             "trigger_gold",
+            "trigger_gold_hourly",
             "watermark",
             "max_clock_skew",
             "max_event_age",

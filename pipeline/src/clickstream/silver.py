@@ -6,6 +6,7 @@ between the two writes completes when it is replayed.
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from pyspark.sql import functions as F  # noqa: N812
@@ -16,6 +17,7 @@ from clickstream.session import kafka_stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from datetime import datetime
 
     from pyspark.sql import DataFrame, SparkSession
     from pyspark.sql.streaming.readwriter import DataStreamWriter
@@ -46,6 +48,16 @@ REJECTS = Table(
 TABLES = (EVENTS, REJECTS)
 
 INVALID = "invalid"
+
+
+def between(events: DataFrame, start: datetime, end: datetime) -> DataFrame:
+    """The events of a time, its end not included; the dates prune partitions."""
+    last = end - timedelta(microseconds=1)
+    return events.where(
+        F.col("event_date").between(F.lit(start.date()), F.lit(last.date()))
+        & (F.col("event_time") >= F.lit(start))
+        & (F.col("event_time") < F.lit(end))
+    )
 
 
 def received(records: DataFrame) -> DataFrame:

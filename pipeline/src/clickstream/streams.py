@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("clickstream")
 
-QUERIES = (bronze.QUERY, silver.QUERY, gold.QUERY)
+QUERIES = (bronze.QUERY, silver.QUERY, *gold.QUERIES)
 # The streams that read Kafka show their position as a consumer group of this name.
 GROUP_PREFIX = "ecom-"
 # How long a stop waits for the batches that run.
@@ -65,9 +65,10 @@ def _start(
             for table in silver.TABLES:
                 table.ensure(spark, settings)
             return silver.build(spark, settings, _guarded(name, silver.writer(settings))).start()
-        writer = gold.GoldWriter(spark, settings, gold.prepare(spark, settings))
+        tables = gold.QUERIES[name]
+        writer = gold.GoldWriter(spark, settings, gold.prepare(spark, settings, tables), tables)
         extra[name] = lambda: {"last_event_at": writer.newest.isoformat() if writer.newest else None}
-        return gold.build(spark, settings, _guarded(name, writer)).start()
+        return gold.build(spark, settings, _guarded(name, writer), name).start()
     finally:
         spark.sparkContext.setLocalProperty("spark.scheduler.pool", None)  # type: ignore[arg-type]
 

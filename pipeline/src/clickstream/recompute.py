@@ -1,0 +1,253 @@
+"""The bounded job of the batch layer: computes Gold for a range again from silver.events, and repairs what differs.
+
+Every table is computed beside the one that is served, compared with it in both places (Delta and the mart), and then
+takes its place: in Delta in one commit a table, in Postgres in one transaction for all marts. Rows that are the same
+are not written, so a second run finds and changes nothing.
+
+It is safe beside the streams. It computes final windows only, in which Silver's stream does not add anything any more;
+the accounting job does, so a run holds that job's lock too. A crash between the two places is repaired by running
+again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from functools import reduce
+from operator import and_
+from typing import TYPE_CHECKING, Any
+
+from delta.tables import DeltaTable
+from pyspark.sql import functions as F  # noqa: N812
+
+from clickstream import account, gold, sessions, silver
+from clickstream.lake import JobError, Table, locked
+from clickstream.marts import NAMED, Difference, Mart, MartWriter
+from clickstream.session import spark_session
+from clickstream.settings import seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from pyspark.sql import DataFrame, SparkSession
+
+    from clickstream.settings import Settings
+
+log = logging.getLogger("clickstream")
+
+LOCK = "recompute"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Whole hours, the end not included."""
+
+    start: datetime
+    end: datetime
+
+
+@dataclass(frozen=True)
+class Target:
+    """A Gold table: where it is served, and what its rows are for a span.
+
+    `rows` is given silver.events, the span, and the horizon before which nothing changes any more; its columns are the
+    table's without the date.
+    """
+
+    table: Table
+    mart: Mart
+    rows: Callable[[DataFrame, Span, datetime], DataFrame]
+
+    def within(self, rows: DataFrame, span: Span) -> DataFrame:
+        return rows.where(self.where(span))
+
+    def where(self, span: Span) -> str:
+        """The condition on the Delta table; the dates name its partitions."""
+        last = span.end - timedelta(microseconds=1)
+        return (
+            f"event_date >= DATE '{span.start:%Y-%m-%d}' AND event_date <= DATE '{last:%Y-%m-%d}' "
+            f"AND {self.mart.time} >= {gold.timestamp(span.start)} AND {self.mart.time} < {gold.timestamp(span.end)}"
+        )
+
+
+def _windowed(windowed: gold.Windowed) -> Target:
+    return Target(
+        windowed.table,
+        windowed.mart,
+        lambda events, span, horizon: windowed.figures(silver.between(events, span.start, span.end)),
+    )
+
+
+def _sessions(events: DataFrame, span: Span, horizon: datetime) -> DataFrame:
+    # An event's visit began at most GAP before the span if it began outside, and ends at most LONGEST after it.
+    read = silver.between(events, span.start - sessions.GAP, span.end + sessions.LONGEST)
+    return sessions.ended(sessions.starting(sessions.sessions(read), span.start, span.end), horizon)
+
+
+TARGETS = {
+    target.table.name: target
+    for target in (*map(_windowed, gold.WINDOWED), Target(sessions.TABLE, sessions.MART, _sessions))
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """How what is served of a table in one place differed from what the events say."""
+
+    table: str
+    place: str
+    rows: int
+    missing: int
+    surplus: int
+    differing: int
+    first: list[str]
+
+    @classmethod
+    def of(cls, target: Target, place: str, rows: int, found: Difference) -> Line:
+        named = [
+            ", ".join(
+                value.astimezone(UTC).isoformat().replace("+00:00", "Z") if isinstance(value, datetime) else str(value)
+                for value in key
+            )
+            for key in found.keys
+        ]
+        return cls(target.table.name, place, rows, found.missing, found.surplus, found.differing, named)
+
+
+@dataclass(frozen=True)
+class Report:
+    """`end` is before the end that was asked for when the last hours are not final yet."""
+
+    start: str
+    end: str
+    asked: str
+    swapped: bool
+    lines: list[Line]
+
+    @property
+    def differences(self) -> int:
+        return sum(line.missing + line.surplus + line.differing for line in self.lines)
+
+
+def horizon(spark: SparkSession, settings: Settings) -> datetime:
+    """The streams add nothing to windows that end before this: a watermark behind the newest event."""
+    events = silver.EVENTS.read(spark, settings)
+    day = events.agg(F.max("event_date").alias("day")).first()
+    if day is None or day["day"] is None:
+        raise JobError(f"silver.events has no events in {settings.lake_uri}; is it the lake?")
+    newest = events.where(F.col("event_date") == F.lit(day["day"])).agg(F.max("event_time").alias("newest")).first()
+    assert newest is not None
+    return gold.utc(newest["newest"]) - timedelta(seconds=seconds(settings.watermark))
+
+
+def final(span: Span, horizon: datetime) -> Span:
+    """The hours of a span that end before the horizon; JobError when there is none."""
+    last = horizon.replace(minute=0, second=0, microsecond=0)
+    if last <= span.start:
+        raise JobError(
+            f"no hour from {span.start:%Y-%m-%dT%H:%MZ} is final: the streams may still add to what comes after "
+            f"{horizon:%Y-%m-%dT%H:%M:%SZ}, a watermark behind the newest event; choose an earlier range"
+        )
+    return Span(span.start, min(span.end, last))
+
+
+def compare(served: DataFrame, computed: DataFrame, key: Sequence[str]) -> Difference:
+    """How rows with unique keys differ. Pure but for counting."""
+    figures = [name for name in computed.columns if name not in key]
+    old = served.select(*key, F.struct(*figures).alias("old"))
+    new = computed.select(*key, F.struct(*figures).alias("new"))
+    matches = reduce(and_, (F.col(f"l.{name}").eqNullSafe(F.col(f"r.{name}")) for name in key))
+    found = (
+        old.alias("l")
+        .join(new.alias("r"), matches, "full_outer")
+        .where(~F.col("old").eqNullSafe(F.col("new")))
+        .select(
+            *(F.coalesce(f"l.{name}", f"r.{name}").alias(name) for name in key),
+            F.col("old").isNull().alias("missing"),
+            F.col("new").isNull().alias("surplus"),
+        )
+    )
+    counted = found.groupBy("missing", "surplus").count().collect()
+    counts = {(row["missing"], row["surplus"]): row["count"] for row in counted}
+    named = found.select(*key).orderBy(*key).limit(NAMED).collect() if counts else []
+    return Difference(
+        counts.get((True, False), 0),
+        counts.get((False, True), 0),
+        counts.get((False, False), 0),
+        [gold.in_utc(row) for row in named],
+    )
+
+
+def recompute(
+    spark: SparkSession,
+    settings: Settings,
+    asked: Span,
+    names: Sequence[str] = tuple(TARGETS),
+    *,
+    dry_run: bool = False,
+) -> Report:
+    """Computes these tables again for the final hours of a span; unless it is a dry run, repairs what differs."""
+    targets = [TARGETS[name] for name in names]
+    for table in (silver.EVENTS, *(target.table for target in targets)):
+        table.ensure(spark, settings)
+    until = horizon(spark, settings)
+    span = final(asked, until)
+    # One version for all, so that the tables agree with each other.
+    version = DeltaTable.forPath(spark, settings.table(silver.EVENTS.name)).history(1).collect()[0]["version"]
+    events = silver.EVENTS.read(spark, settings, version)
+    lines: list[Line] = []
+    with contextlib.ExitStack() as stack:
+        shadows: list[tuple[Target, DataFrame, int]] = []
+        for target in targets:
+            began = time.monotonic()
+            shadow = target.rows(events, span, until).persist()
+            stack.callback(shadow.unpersist)
+            shadows.append((target, shadow, shadow.count()))
+            served = target.within(target.table.read(spark, settings), span)
+            found = compare(served, shadow, target.mart.key)
+            if found.any and not dry_run:
+                dated = shadow.withColumn("event_date", F.to_date(target.mart.time)).repartition("event_date")
+                target.table.replace(dated, settings, target.where(span))
+            lines.append(Line.of(target, "delta", shadows[-1][2], found))
+            log.info("%s: %d rows in %.1f s", target.table.name, shadows[-1][2], time.monotonic() - began)
+        if settings.marts_dsn:
+            marts = MartWriter(settings.marts_dsn, application_name="clickstream-recompute")
+            stack.callback(marts.close)
+            for target in targets:
+                marts.ensure(target.mart)
+            in_marts = marts.reconcile(
+                [(target.mart, _reader(target, shadow)) for target, shadow, _ in shadows],
+                span.start,
+                span.end,
+                swap=not dry_run,
+            )
+            for (target, _, rows), found in zip(shadows, in_marts, strict=True):
+                lines.append(Line.of(target, "mart", rows, found))
+        else:
+            log.warning("CLICKSTREAM_MARTS_DSN is not set: no Postgres mart is compared")
+    start, end, until_asked = (f"{moment:%Y-%m-%dT%H:%MZ}" for moment in (span.start, span.end, asked.end))
+    return Report(start, end, until_asked, not dry_run, lines)
+
+
+def _reader(target: Target, shadow: DataFrame) -> Callable[[], Iterator[tuple[Any, ...]]]:
+    """The shadow's rows as the mart has them, from the start at each call; one partition at a time on the driver."""
+    tail = (True,) if "is_final" in target.mart.columns else ()
+    return lambda: ((*gold.in_utc(row), *tail) for row in shadow.toLocalIterator())
+
+
+def as_dict(report: Report) -> dict[str, Any]:
+    return asdict(report) | {"differences": report.differences}
+
+
+def run(settings: Settings, asked: Span, names: Sequence[str], *, dry_run: bool) -> dict[str, Any]:
+    """Raises JobError when another run is there, or nothing of the range is final."""
+    spark = spark_session(settings, "clickstream-recompute")
+    try:
+        with locked(spark, settings, LOCK), locked(spark, settings, account.LOCK):
+            report = recompute(spark, settings, asked, names, dry_run=dry_run)
+        return as_dict(report)
+    finally:
+        spark.stop()

@@ -1,0 +1,184 @@
+"""The batch layer: what differs is found, named and repaired; what is not final is left alone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+from conftest import Topic, event
+from test_gold import Gold, at
+
+from clickstream import cli, recompute, sessions, silver, streams
+from clickstream.lake import JobError
+from clickstream.recompute import Span
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+    from clickstream.settings import Settings
+
+NOON = datetime(2025, 11, 29, 12, tzinfo=UTC)
+HOUR = timedelta(hours=1)
+AFTERNOON = Span(NOON, NOON + 3 * HOUR)
+
+
+def differences(report: recompute.Report) -> dict[str, tuple[int, int, int]]:
+    """Missing, surplus and differing rows by table and place, where there are any."""
+    counts = {f"{line.table} {line.place}": (line.missing, line.surplus, line.differing) for line in report.lines}
+    return {name: count for name, count in counts.items() if any(count)}
+
+
+def test_late_events_and_damage_are_found_named_and_repaired(spark: SparkSession, settings: Settings, dsn: str) -> None:
+    shop = Gold(spark, settings, dsn)
+
+    def run(*, dry_run: bool = False) -> recompute.Report:
+        return recompute.recompute(spark, shop.settings, AFTERNOON, dry_run=dry_run)
+
+    # The newest event, less ten minutes of watermark, is in the hour of 14:00; one visit begins at 13:55 and goes on.
+    shop.append(at(1, "12:00:10"), at(2, "12:40:00", event_type="purchase"), at(3, "13:55:00"), at(4, "14:15:00"))
+    shop.run()
+
+    # The first run: the funnel per minute is right, the other tables were never made.
+    report = run()
+    assert (report.end, report.asked, report.swapped) == ("2025-11-29T14:00Z", "2025-11-29T15:00Z", True)
+    assert differences(report) == {
+        f"gold.{name} {place}": (rows, 0, 0)
+        for name, rows in (("product_funnel_1h", 2), ("conversion_1h", 4), ("sessions", 2))
+        for place in ("delta", "mart")
+    }
+
+    # Late events in final windows, which make two visits one; a wrong figure and a wrong key in the mart; a row that
+    # Delta lost.
+    shop.append(at(5, "12:20:00", event_type="add_to_cart"), at(6, "13:00:00", product_id="prod_0001"))
+    with psycopg.connect(dsn) as connection:
+        connection.execute("UPDATE gold.product_funnel_1m SET views = 99 WHERE window_start = '2025-11-29T13:55Z'")
+        connection.execute(
+            "UPDATE gold.conversion_1h SET value = 'fridge' WHERE dimension = 'device' AND window_start = %s", [NOON]
+        )
+    spark.sql(f"DELETE FROM delta.`{settings.table('gold.sessions')}` WHERE session_start = '2025-11-29T12:00:10Z'")
+    found = run(dry_run=True)
+    assert not found.swapped
+    assert differences(found) == {
+        # 12:20 and 13:00
+        "gold.product_funnel_1m delta": (2, 0, 0),
+        # and the wrong figure
+        "gold.product_funnel_1m mart": (2, 0, 1),
+        # another product at 13:00, another cart at 12:00
+        "gold.product_funnel_1h delta": (1, 0, 1),
+        "gold.product_funnel_1h mart": (1, 0, 1),
+        # Home and mobile of both hours
+        "gold.conversion_1h delta": (0, 0, 4),
+        "gold.conversion_1h mart": (1, 1, 3),
+        # from 12:00:10 to 13:00 it is one visit now, not two
+        "gold.sessions delta": (1, 1, 0),
+        "gold.sessions mart": (0, 1, 1),
+    }
+    (line,) = (line for line in found.lines if (line.table, line.place) == ("gold.product_funnel_1m", "mart"))
+    assert line.first == [
+        "2025-11-29T12:20:00Z, prod_0007",
+        "2025-11-29T13:00:00Z, prod_0001",
+        "2025-11-29T13:55:00Z, prod_0007",
+    ]
+    assert differences(run()) == differences(found), "a dry run changes nothing"
+    assert run().differences == 0
+
+    # The mart and Delta agree with a recount; the stream, which comes to the late events now, changes nothing.
+    shop.check()
+    served = shop.mart()
+    shop.run()
+    assert shop.mart() == served
+    shop.check()
+
+
+def test_a_visit_is_the_same_in_whatever_range(spark: SparkSession, settings: Settings) -> None:
+    """Computed by ranges that cut through visits, a robot's of more than a day too."""
+    day = NOON.replace(hour=0)
+
+    def visit(number: int, minutes: int, user: str) -> dict[str, Any]:
+        return event(number, timestamp=(day + timedelta(minutes=minutes)).isoformat(), user_id=user)
+
+    robot = [visit(n, 29 * n, "user_0009") for n in range(60)]
+    people = [visit(100 + n, n * 37 % 1800, f"user_{n % 3:04d}") for n in range(90)]
+    records = silver.received(Topic(spark).records([*robot, *people], at=day + timedelta(days=2)))
+    events = silver.events(silver.judge(records, settings)).persist()
+    horizon = day + timedelta(days=3)
+
+    def visits(*bounds: int) -> list[Any]:
+        spans = [Span(day + a * HOUR, day + b * HOUR) for a, b in itertools.pairwise(bounds)]
+        found = [recompute.TARGETS["gold.sessions"].rows(events, span, horizon).collect() for span in spans]
+        return sorted(row for rows in found for row in rows)
+
+    whole = visits(-24, 48)
+    # every 29 minutes
+    assert max(row["events"] for row in whole) == 50
+    assert whole == sorted(sessions.sessions(events).collect())
+    assert visits(-24, 1, 12, 13, 48) == whole
+    events.unpersist()
+
+
+@pytest.mark.parametrize(
+    ("until", "end"),
+    [(NOON + HOUR, NOON + HOUR), (NOON + timedelta(minutes=119), NOON + HOUR), (NOON + 9 * HOUR, NOON + 3 * HOUR)],
+)
+def test_only_final_hours_are_computed(until: datetime, end: datetime) -> None:
+    assert recompute.final(AFTERNOON, until) == Span(NOON, end)
+
+
+def test_a_range_without_a_final_hour_is_refused() -> None:
+    with pytest.raises(JobError, match=r"no hour from 2025-11-29T12:00Z is final.*2025-11-29T12:59:59Z"):
+        recompute.final(AFTERNOON, NOON + HOUR - timedelta(seconds=1))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--from yesterday --to 2025-11-29", "'yesterday' is not a time; write for example 2025-11-29T12:00Z"),
+        ("--from 2025-11-29T12:30Z --to 2025-11-30", "not a whole hour of UTC; write for example 2025-11-29T12:00Z"),
+        ("--from 2025-11-29T12:00+05:30 --to 2025-11-30", "not a whole hour of UTC"),
+        ("--from 2025-11-29T12:00Z --to 2025-11-29T12:00Z", "2025-11-29T12:00Z is not before --to"),
+        ("--from 2025-11-29 --to 2025-11-30 --tables gold.alerts", "gold.alerts is not among gold.product_funnel_1m"),
+        ("--from 2025-11-29", "--to"),
+    ],
+)
+def test_a_wrong_range_is_told_before_anything_starts(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["recompute", *words.split()])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "missing", "code"), [("", 1, 0), ("--dry-run", 1, 3), ("--dry-run", 0, 0)])
+def test_the_command_reports_and_says_by_its_exit_code_whether_to_act(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+    missing: int,
+    code: int,
+) -> None:
+    def run(settings: Settings, asked: Span, names: list[str], *, dry_run: bool) -> dict[str, Any]:
+        assert (asked, names) == (AFTERNOON, ["gold.sessions"])
+        line = recompute.Line("gold.sessions", "mart", 7, missing, 0, 0, ["2025-11-29T12:00:00Z, user_0001"] * missing)
+        report = recompute.Report("2025-11-29T12:00Z", "2025-11-29T14:00Z", "2025-11-29T15:00Z", not dry_run, [line])
+        return recompute.as_dict(report)
+
+    monkeypatch.setattr(recompute, "run", run)
+    span = "--from 2025-11-29T12:00Z --to 2025-11-29T16:00+01:00"
+    command = ["recompute", *f"{span} --tables gold.sessions --lake-uri file:///lake {words}".split()]
+    assert cli.main(command) == code
+    said = capsys.readouterr()
+    assert f"{missing} differences" in said.out
+    assert ("gold.sessions (mart) differs at 2025-11-29T12:00:00Z, user_0001" in said.out) == bool(missing)
+    assert "2025-11-29T14:00Z to 2025-11-29T15:00Z is left out" in said.err
+    assert cli.main([*command, "--json"]) == code
+    assert json.loads(capsys.readouterr().out)["differences"] == missing
+
+
+def test_the_command_line_knows_every_query_and_table() -> None:
+    assert streams.QUERIES == cli.STREAMS
+    assert tuple(recompute.TARGETS) == cli.GOLD
