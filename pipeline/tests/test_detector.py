@@ -9,6 +9,8 @@ import random
 from collections import Counter
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
+from itertools import groupby
+from operator import itemgetter
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -55,26 +57,49 @@ def opened(minutes: Iterable[Iterable[Row]], parameters: Parameters = SMALL) -> 
     return [e.product_id for e in fold(Detector(parameters), minutes) if e.closed_at is None]
 
 
-def test_golden_episodes() -> None:
-    """The minutes of a shop and its episodes, side by side in tests/cases/detector."""
-    folder = CASES / "detector"
-    minutes: dict[datetime, list[Row]] = {}
-    with (folder / "minutes.csv").open() as lines:
-        for line in csv.DictReader(lines):
-            row = (line["product_id"], int(line["views"]), int(line["carts"]), int(line["purchases"]))
-            minutes.setdefault(datetime.fromisoformat(line["minute"]), []).append(row)
-    detector = Detector(Parameters(**json.loads((folder / "parameters.json").read_text())))
-    for start, rows in minutes.items():
-        detector.minute(start, rows)
-    with (folder / "episodes.expected.csv").open() as lines:
-        expected = [{k: v for k, v in line.items() if k != "why"} for line in csv.DictReader(lines)]
+GOLDEN = CASES / "detector"
+
+
+def golden_parameters() -> Parameters:
+    return Parameters(**json.loads((GOLDEN / "parameters.json").read_text()))
+
+
+def golden_minutes() -> list[tuple[datetime, str, int, int, int]]:
+    with (GOLDEN / "minutes.csv").open() as lines:
+        return [
+            (
+                datetime.fromisoformat(line["minute"]),
+                line["product_id"],
+                int(line["views"]),
+                int(line["carts"]),
+                int(line["purchases"]),
+            )
+            for line in csv.DictReader(lines)
+        ]
+
+
+def golden_episodes() -> list[dict[str, str]]:
+    with (GOLDEN / "episodes.expected.csv").open() as lines:
+        return [{k: v for k, v in line.items() if k != "why"} for line in csv.DictReader(lines)]
+
+
+def as_text(values: dict[str, Any]) -> dict[str, str]:
+    """As the golden file writes them."""
 
     def text(value: Any) -> str:
         if isinstance(value, datetime):
             return f"{value:%Y-%m-%dT%H:%M:%SZ}"
         return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
-    assert [{k: text(v) for k, v in asdict(e).items()} for e in detector.episodes] == expected
+    return {name: text(value) for name, value in values.items()}
+
+
+def test_golden_episodes() -> None:
+    """The minutes of a shop and its episodes, side by side in tests/cases/detector."""
+    detector = Detector(golden_parameters())
+    for start, rows in groupby(golden_minutes(), key=itemgetter(0)):
+        detector.minute(start, (row[1:] for row in rows))
+    assert [as_text(asdict(e)) for e in detector.episodes] == golden_episodes()
 
 
 @pytest.mark.parametrize(
