@@ -1,0 +1,210 @@
+"""gold.product_alerts: the detector's episodes, kept by a bounded job that folds each final minute of the funnel once.
+
+The episodes are written first and the detector's state last. A run that stops in between is done again by the next one
+from the same state, and the fold of the same minutes gives the same episodes, which are merged by key. Runs must not
+overlap: the scheduler holds them to one at a time. A minute that the batch layer corrects after it was folded changes
+no episode; `rebuild` folds the whole funnel anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, fields
+from datetime import timedelta
+from itertools import groupby
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+from delta.tables import DeltaTable
+from pyspark.sql import functions as F  # noqa: N812
+
+from clickstream.detector import Detector, Episode, ParameterError, Parameters
+from clickstream.gold import FUNNEL_1M, utc
+from clickstream.lake import Table, retry_conflicts
+from clickstream.marts import Mart, MartWriter
+from clickstream.session import spark_session
+from clickstream.settings import PREFIX
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from datetime import datetime
+
+    from pyspark.sql import SparkSession
+
+    from clickstream.settings import Settings
+
+ALERTS = Table(
+    "gold.product_alerts",
+    """
+    window_start TIMESTAMP, product_id STRING, opened_at TIMESTAMP, closed_at TIMESTAMP,
+    views BIGINT, carts BIGINT, purchases BIGINT, interest_ratio DOUBLE, interest_z DOUBLE,
+    conversion_upper DOUBLE, catalogue_rate DOUBLE, opened_date DATE
+    """,
+    partition_by=("opened_date",),
+)
+# One row: where the fold is, and what it must know to go on.
+STATE = Table("gold.product_alerts_state", "state STRING, job STRING", partition_by=("job",))
+TABLES = (ALERTS, STATE)
+
+_FIGURES = (
+    # The evidence is of the time from here to opened_at.
+    "window_start",
+    "product_id",
+    "opened_at",
+    "closed_at",
+    "views",
+    "carts",
+    "purchases",
+    "interest_ratio",
+    "interest_z",
+    "conversion_upper",
+    "catalogue_rate",
+)
+_KEY = ("window_start", "product_id")
+ALERTS_MART = Mart(
+    schema="gold",
+    name="product_alerts",
+    columns=_FIGURES,
+    key=_KEY,
+    ddl=(
+        """CREATE TABLE IF NOT EXISTS {table} (
+            window_start     timestamptz      NOT NULL,
+            product_id       text             NOT NULL,
+            opened_at        timestamptz      NOT NULL,
+            closed_at        timestamptz,
+            views            bigint           NOT NULL,
+            carts            bigint           NOT NULL,
+            purchases        bigint           NOT NULL,
+            interest_ratio   double precision NOT NULL,
+            interest_z       double precision NOT NULL,
+            conversion_upper double precision NOT NULL,
+            catalogue_rate   double precision NOT NULL,
+            updated_at       timestamptz      NOT NULL DEFAULT clock_timestamp(),
+            PRIMARY KEY (window_start, product_id)
+        )""",
+        "CREATE INDEX IF NOT EXISTS product_alerts_open ON {table} (opened_at) WHERE closed_at IS NULL",
+        "CREATE INDEX IF NOT EXISTS product_alerts_product ON {table} (product_id, opened_at)",
+    ),
+)
+
+Minute = tuple["datetime", str, int, int, int]
+
+
+def parameters(env: Mapping[str, str] | None = None) -> Parameters:
+    """The detector's parameters, each from CLICKSTREAM_ALERT_ and its name; an error names the variable."""
+    env = os.environ if env is None else env
+    prefix = f"{PREFIX}ALERT_"
+    values: dict[str, Any] = {}
+    for field in fields(Parameters):
+        raw = env.get(prefix + field.name.upper())
+        if raw is None:
+            continue
+        try:
+            values[field.name] = int(raw) if isinstance(field.default, int) else float(raw)
+        except ValueError:
+            raise ParameterError(
+                f"{prefix}{field.name.upper()}: {raw!r} is not a number; write for example {field.default}"
+            ) from None
+    try:
+        return Parameters(**values)
+    except ParameterError as error:
+        name, _, problem = str(error).partition(":")
+        raise ParameterError(f"{prefix}{name.upper()}:{problem}") from None
+
+
+def episodes(
+    rows: Iterable[Minute], parameters: Parameters, state: dict[str, Any] | None = None
+) -> tuple[list[Episode], dict[str, Any]]:
+    """The episodes that are open or were closed in these rows, and the state after them. Pure.
+
+    The rows are of the funnel, by minute: window_start, product_id, views, carts, purchases.
+    """
+    detector = Detector(parameters, state)
+    for start, minute in groupby(rows, key=itemgetter(0)):
+        detector.minute(start, (row[1:] for row in minute))
+    return detector.episodes, detector.state
+
+
+def _row(episode: Episode, window: timedelta) -> tuple[Any, ...]:
+    values = asdict(episode) | {"window_start": episode.opened_at - window}
+    return tuple(values[name] for name in _FIGURES)
+
+
+def _merge(spark: SparkSession, settings: Settings, rows: list[tuple[Any, ...]]) -> None:
+    if not rows:
+        return
+    new = spark.createDataFrame([(*row, row[2].date()) for row in rows], ALERTS.schema).coalesce(1)
+    same = " AND ".join(f"old.{name} = new.{name}" for name in (*_KEY, "opened_date"))
+    retry_conflicts(
+        lambda: (
+            DeltaTable.forPath(spark, settings.table(ALERTS.name))
+            .alias("old")
+            .merge(new.alias("new"), same)
+            .whenMatchedUpdateAll("old.closed_at IS NULL AND new.closed_at IS NOT NULL")
+            .whenNotMatchedInsertAll()
+            .execute()
+        )
+    )
+
+
+def _save(spark: SparkSession, settings: Settings, state: dict[str, Any]) -> None:
+    after = spark.createDataFrame([(json.dumps(state), "alerts")], STATE.schema).coalesce(1)
+    retry_conflicts(lambda: after.write.format("delta").mode("overwrite").save(settings.table(STATE.name)))
+
+
+def update(
+    spark: SparkSession,
+    settings: Settings,
+    marts: MartWriter | None,
+    limits: Parameters,
+    *,
+    rebuild: bool = False,
+) -> list[Episode]:
+    """Folds the minutes that became final since the last run; the episodes that are open or were closed in them.
+
+    With `rebuild` it folds all minutes; what it then finds replaces the episodes in Delta, and in Postgres is added.
+    """
+    for table in (FUNNEL_1M, *TABLES):
+        table.ensure(spark, settings)
+    saved = None if rebuild else STATE.read(spark, settings).first()
+    before = json.loads(saved["state"]) if saved else None
+    following = Detector(limits, before).next
+    funnel = FUNNEL_1M.read(spark, settings)
+    if following is not None:
+        funnel = funnel.where(
+            (F.col("event_date") >= F.lit(following.date())) & (F.col("window_start") >= F.lit(following))
+        )
+    minutes = (
+        (utc(row["window_start"]), row["product_id"], row["views"], row["carts"], row["purchases"])
+        # A partition at a time: a first run may be over months.
+        for row in funnel.select("window_start", "product_id", "views", "carts", "purchases")
+        .orderBy("window_start", "product_id")
+        .toLocalIterator()
+    )
+    found, state = episodes(minutes, limits, before)
+    if state == before:
+        return found
+    rows = [_row(episode, timedelta(minutes=limits.window_minutes)) for episode in found]
+    if rebuild:
+        DeltaTable.forPath(spark, settings.table(ALERTS.name)).delete()
+    _merge(spark, settings, rows)
+    if marts is not None:
+        # No window is replaced, only keys: an episode never goes away.
+        marts.replace_windows(ALERTS_MART, [], rows)
+    _save(spark, settings, state)
+    return found
+
+
+def run(settings: Settings, *, rebuild: bool = False) -> list[dict[str, Any]]:
+    """The job; ParameterError before Spark starts when a parameter is wrong."""
+    limits = parameters()
+    spark = spark_session(settings, "clickstream-alerts")
+    try:
+        marts = None
+        if settings.marts_dsn:
+            marts = MartWriter(settings.marts_dsn, application_name="clickstream-alerts")
+            marts.ensure(ALERTS_MART)
+        return [asdict(episode) for episode in update(spark, settings, marts, limits, rebuild=rebuild)]
+    finally:
+        spark.stop()
