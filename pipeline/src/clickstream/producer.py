@@ -10,14 +10,12 @@ import itertools
 import logging
 import math
 import os
-import random
 import signal
 import sys
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,85 +26,18 @@ from kafka.errors import KafkaError
 
 from clickstream import catalogue, faults, sdnotify
 from clickstream.faults import Record, Truth, TruthFile
+from clickstream.shop import Shop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from clickstream.event import Event
+
 log = logging.getLogger("ecom-producer")
 
-Event = dict[str, Any]
-
-SESSION_GAP_SECONDS = 30 * 60
 # A bounded run gives up when this long passes without the broker accepting anything.
 GIVE_UP_SECONDS = 60.0
 PROGRESS_SECONDS = 5.0
-
-
-def iso_millis(moment: float) -> str:
-    """Unix seconds as 2025-11-29T12:34:56.789Z."""
-    seconds, millis = divmod(int(moment * 1000), 1000)
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{millis:03d}Z"
-
-
-class Shop:
-    """An endless iterator of events; with a seed, everything but the clock repeats."""
-
-    def __init__(
-        self,
-        *,
-        users: int = 500,
-        products: int = 100,
-        seed: int | None = None,
-        first_id: int | None = None,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._rng = random.Random(seed)
-        self._clock = clock
-        if first_id is None:
-            # Silver deduplicates on event_id, so ids must differ between runs, also between a run by hand
-            # and the service beside it. One event takes a microsecond of id space and never a microsecond
-            # of time, so two runs started at different microseconds cannot meet.
-            first_id = 1 if seed is not None else time.time_ns() // 1000
-        self._ids = itertools.count(first_id)
-        self._users = [f"user_{n:04d}" for n in range(1, users + 1)]
-        everything = {p.product_id: p for p in catalogue.products(products)}
-        self._star = everything.pop(catalogue.HIGH_INTEREST_PRODUCT)
-        self._others = list(everything.values())
-        self._sessions: dict[str, tuple[str, str, float]] = {}
-
-    def _session(self, user: str, now: float) -> tuple[str, str]:
-        """The user's session and its device; a new one after the gap, and now and then sooner."""
-        known = self._sessions.get(user)
-        if known is None or now - known[2] > SESSION_GAP_SECONDS or self._rng.random() < 0.05:
-            session_id = f"session_{self._rng.randrange(10**8):04d}"
-            known = (session_id, self._rng.choice(catalogue.DEVICE_TYPES), now)
-        self._sessions[user] = (known[0], known[1], now)
-        return known[0], known[1]
-
-    def __iter__(self) -> Iterator[Event]:
-        return self
-
-    def __next__(self) -> Event:
-        rng, now = self._rng, self._clock()
-        if rng.random() < catalogue.HIGH_INTEREST_SHARE:
-            product, weights = self._star, catalogue.HIGH_INTEREST_WEIGHTS
-        else:
-            product, weights = rng.choice(self._others), catalogue.ORDINARY_WEIGHTS
-        event_type = rng.choices(catalogue.EVENT_TYPES, weights)[0]
-        user = rng.choice(self._users)
-        session_id, device = self._session(user, now)
-        return {
-            "event_id": f"evt_{next(self._ids):08d}",
-            "user_id": user,
-            "product_id": product.product_id,
-            "event_type": event_type,
-            "timestamp": iso_millis(now),
-            "session_id": session_id,
-            "product_category": product.category,
-            "device_type": device,
-            "page_url": product.page_url,
-            "price": float(product.price),
-        }
 
 
 class Pacer:
