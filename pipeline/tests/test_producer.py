@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 import threading
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from clickstream import producer
-from clickstream.producer import Pacer, parse_args, sent_line
+from clickstream.producer import parse_args, sent_line
 from clickstream.shop import Shop
 
 
@@ -32,7 +33,14 @@ def test_duration_0_is_endless() -> None:
 
 @pytest.mark.parametrize(
     "argv",
-    [["--rate", "0"], ["--rate", "nan"], ["--duration", "-1"], ["--users", "0"], ["--products", "41"]],
+    [
+        ["--rate", "0"],
+        ["--rate", "nan"],
+        ["--duration", "-1"],
+        ["--users", "0"],
+        ["--products", "41"],
+        ["--arrival", "odd"],
+    ],
 )
 def test_wrong_options_are_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
@@ -52,34 +60,6 @@ def test_the_console_line_is_the_documents() -> None:
         sent_line(event, 2, 0)
         == "Sent: add_to_cart     | User: user_0456   | Product: prod_0033   | Partition: 2 | Offset: 0"
     )
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_the_pace_is_even_and_does_not_drift() -> None:
-    clock = Clock()
-    pacer = Pacer(5.0, clock)
-    sent = []
-    for _ in range(300):
-        clock.now += pacer.delay()
-        sent.append(clock.now)
-        clock.now += 0.003  # sending takes time
-    assert sent[0] == 100.0
-    assert sent == pytest.approx([100 + i / 5 for i in range(300)])
-
-
-def test_after_a_stall_at_most_a_second_is_made_up() -> None:
-    clock = Clock()
-    pacer = Pacer(10.0, clock)
-    pacer.delay()
-    clock.now += 60
-    at_once = sum(1 for _ in range(50) if pacer.delay() == 0)
-    assert at_once == 11  # the second behind, and the one that is due now
 
 
 def test_the_environment_names_the_broker_and_a_flag_wins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +86,18 @@ def test_a_dry_run_prints_its_events_and_nothing_else(capfdbinary: pytest.Captur
     assert len(events) == 30_000
     assert not printed.err
     assert [e["event_id"] for e in events] == [e["event_id"] for e in itertools.islice(Shop(seed=1), 30_000)]
+    first, last = (datetime.fromisoformat(events[place]["timestamp"]) for place in (0, -1))
+    assert (last - first).total_seconds() == pytest.approx(5999.8, abs=0.002)
+
+
+def test_events_at_random_fill_the_duration(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    options = parse_args(["--dry-run", "--seed", "1", "--arrival", "poisson", "--duration", "600"])
+    assert options.total is None
+    assert producer.dry_run(options, threading.Event()) == 0
+    events = [json.loads(line) for line in capfdbinary.readouterr().out.splitlines()]
+    assert abs(len(events) - 3_000) < 4 * 3_000**0.5
+    first, last = (datetime.fromisoformat(events[place]["timestamp"]) for place in (0, -1))
+    assert 590 < (last - first).total_seconds() < 600
 
 
 def test_a_dry_run_needs_no_broker_and_its_reader_may_leave_early() -> None:
@@ -126,6 +118,13 @@ def test_an_endless_dry_run_ends_when_it_is_told_to() -> None:
         process.terminate()
         process.stdout.read()
         assert process.wait(timeout=30) == 0
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 class Account:

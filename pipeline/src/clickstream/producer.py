@@ -1,4 +1,4 @@
-"""A simulated shop that sends clickstream events to Kafka at an even rate.
+"""A simulated shop that sends clickstream events to Kafka.
 
 Bounded (the default: 5 events a second for 60 seconds) or endless (`--duration 0`, as the service runs it).
 """
@@ -6,7 +6,6 @@ Bounded (the default: 5 events a second for 60 seconds) or endless (`--duration 
 from __future__ import annotations
 
 import argparse
-import itertools
 import logging
 import math
 import os
@@ -25,11 +24,12 @@ from kafka import KafkaProducer
 from kafka.errors import KafkaError
 
 from clickstream import catalogue, faults, sdnotify
+from clickstream.arrival import KINDS, Pacer, arrivals
 from clickstream.faults import Record, Truth, TruthFile
 from clickstream.shop import Shop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from clickstream.event import Event
 
@@ -40,28 +40,6 @@ GIVE_UP_SECONDS = 60.0
 PROGRESS_SECONDS = 5.0
 
 
-class Pacer:
-    """An even schedule on the monotonic clock: no drift, and after a stall at most a second's worth at once."""
-
-    MAX_LAG = 1.0
-
-    def __init__(self, rate: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._interval = 1.0 / rate
-        self._clock = clock
-        self._origin = clock()
-        self._count = 0
-
-    def delay(self) -> float:
-        """Seconds until the next event is due; counts it as taken."""
-        now = self._clock()
-        due = self._origin + self._count * self._interval
-        if now - due > self.MAX_LAG:
-            self._origin += now - due - self.MAX_LAG
-            due = now - self.MAX_LAG
-        self._count += 1
-        return max(0.0, due - now)
-
-
 @dataclass(frozen=True)
 class Options:
     bootstrap_servers: list[str]
@@ -70,6 +48,7 @@ class Options:
     duration: float
     users: int
     products: int
+    arrival: str
     seed: int | None
     first_id: int | None
     quiet: bool
@@ -80,21 +59,24 @@ class Options:
     progress: bool
 
     @property
+    def bounded(self) -> bool:
+        return self.duration > 0
+
+    @property
     def total(self) -> int | None:
-        """Events of a bounded run; None when endless."""
-        return round(self.rate * self.duration) if self.duration else None
+        """How many events the run has; None when it has no end, or chance decides."""
+        return round(self.rate * self.duration) if self.bounded and self.arrival == "even" else None
 
     @property
     def max_unacknowledged(self) -> int:
         """Bounds the memory while the broker is away, and what a crash can lose."""
         return max(100, min(50_000, math.ceil(self.rate * 5)))
 
-    def turns(self) -> Iterable[int]:
-        """One for each event of the run."""
-        return itertools.count() if self.total is None else range(self.total)
+    def arrivals(self, at: Callable[[float], float]) -> Iterator[float]:
+        return arrivals(self.arrival, self.rate, self.duration, seed=self.seed, at=at)
 
-    def records(self) -> Iterator[Record]:
-        shop = Shop(users=self.users, products=self.products, seed=self.seed, first_id=self.first_id)
+    def records(self, clock: Callable[[], float] = time.time) -> Iterator[Record]:
+        shop = Shop(users=self.users, products=self.products, seed=self.seed, first_id=self.first_id, clock=clock)
         if self.faults is None:
             return faults.plain(shop)
         return faults.Faults(shop, self.faults, seed=self.seed, late_by=self.late_by)
@@ -156,7 +138,7 @@ class Sender:
                 return True
             except KafkaError as error:
                 self._complain(error)
-                if self._options.total is not None and time.monotonic() > deadline:
+                if self._options.bounded and time.monotonic() > deadline:
                     return False
                 self._stop.wait(2.0)
         return False
@@ -212,7 +194,7 @@ class Sender:
                 with self._changed:
                     self._pending -= 1
                 self._complain(error)
-                if self._options.total is not None and time.monotonic() > deadline:
+                if self._options.bounded and time.monotonic() > deadline:
                     return False
                 if not getattr(error, "retriable", False):
                     # The client does not leave its fatal state by itself.
@@ -283,11 +265,11 @@ def run(options: Options, stop: threading.Event) -> int:
     if options.progress:
         threading.Thread(target=tell_progress, args=(sender, options.total, ended), daemon=True).start()
     records = options.records()
-    pacer = Pacer(options.rate)
+    pacer = Pacer()
     next_status = 0.0
     complete = True
-    for _ in options.turns():
-        delay = pacer.delay()
+    for due in options.arrivals(pacer.at):
+        delay = pacer.delay(due)
         if (delay and stop.wait(delay)) or stop.is_set():
             break
         sender.wait_for_room(watchdog)
@@ -308,25 +290,26 @@ def run(options: Options, stop: threading.Event) -> int:
     if truth and truth.error:
         log.error("--truth is not complete: %s", truth.error)
         return 1
-    if options.total is None:
+    if not options.bounded:
         return 0
     return 1 if sender.failed or not complete else 0
 
 
 def dry_run(options: Options, stop: threading.Event) -> int:
-    """Prints the events as JSON lines. A bounded run does not wait; an endless one keeps its pace."""
-    records = options.records()
-    pacer = Pacer(options.rate) if options.total is None else None
+    """Prints the events as JSON lines. A bounded run does not wait, but has the times of one that does."""
+    pacer = Pacer()
+    due = 0.0
+    records = options.records((lambda: pacer.at(due)) if options.bounded else time.time)
     out = sys.stdout.buffer
     try:
-        for _ in options.turns():
-            if stop.wait(pacer.delay() if pacer else 0):
+        for due in options.arrivals(pacer.at):
+            if stop.wait(0 if options.bounded else pacer.delay(due)):
                 break
             record = next(records)
             # With faults a value need not be JSON, nor one line.
             line = record.value if options.faults is None else orjson.dumps(faults.readable(record))
             out.write((line or b"") + b"\n")
-            if pacer:
+            if not options.bounded:
                 out.flush()
         out.flush()
     except BrokenPipeError:
@@ -356,7 +339,7 @@ def _duration(text: str) -> float:
 def parse_args(argv: Sequence[str] | None = None) -> Options:
     parser = argparse.ArgumentParser(
         prog="ecom-producer",
-        description="Simulates a shop: sends view, add_to_cart and purchase events to Kafka at an even rate.",
+        description="Simulates a shop: sends view, add_to_cart and purchase events to Kafka.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     # The service's environment names them, as it does for the streams.
@@ -366,6 +349,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     parser.add_argument("--topic", default=topic, help="an existing topic")
     parser.add_argument("--rate", type=_positive(float), default=5.0, help="events a second")
     parser.add_argument("--duration", type=_duration, default=60.0, help="seconds; 0 runs until stopped")
+    parser.add_argument(
+        "--arrival",
+        choices=KINDS,
+        default="even",
+        help="evenly; at random with that mean rate; or so with the hours of the day (UTC), most at 16 and least at 4",
+    )
     parser.add_argument("--users", type=_positive(int), default=500)
     parser.add_argument("--products", type=_positive(int), default=100)
     parser.add_argument("--seed", type=int, help="repeat the same shop; ids then start at evt_00000001")
