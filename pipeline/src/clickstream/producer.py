@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from kafka import KafkaProducer
-from kafka.errors import KafkaError
 
-from clickstream import catalogue, faults, sdnotify
+from clickstream import catalogue, clients, faults, sdnotify
 from clickstream.arrival import KINDS, Pacer, arrivals
+from clickstream.clients import ClientError
 from clickstream.faults import Record, Truth, TruthFile
 from clickstream.shop import Shop
 
@@ -42,6 +41,7 @@ PROGRESS_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Options:
+    client: str
     bootstrap_servers: list[str]
     topic: str
     rate: float
@@ -105,65 +105,52 @@ class Sender:
         self._changed = threading.Condition()
         self._pending = 0
         self._causes: Counter[str] = Counter()
-        self._producer: KafkaProducer | None = None
+        self._client: clients.Client | None = None
         self.truth: TruthFile | None = None
         self.sent = 0
         self.failed = 0
 
-    def _complain(self, error: BaseException) -> None:
+    def _complain(self, error: ClientError) -> None:
         """Logs each cause once, until something is acknowledged again."""
-        cause = type(error).__name__
-        self._causes[cause] += 1
-        if self._causes[cause] == 1:
-            log.warning("%s: %s", cause, error)
+        self._causes[error.cause] += 1
+        if self._causes[error.cause] == 1:
+            log.warning("%s: %s", error.cause, error)
 
     def connect(self) -> bool:
         """Connects; endless runs wait for the broker, bounded ones give up. False when there is no broker."""
         deadline = time.monotonic() + GIVE_UP_SECONDS
         while not self._stop.is_set():
             try:
-                self._producer = KafkaProducer(
-                    bootstrap_servers=self._options.bootstrap_servers,
-                    client_id="ecom-producer",
-                    acks="all",
-                    retries=3,
-                    retry_backoff_ms=500,
-                    enable_idempotence=True,
-                    allow_auto_create_topics=False,
-                    bootstrap_timeout_ms=10_000,
-                    reconnect_backoff_max_ms=2_000,
-                    max_block_ms=5_000,
-                    linger_ms=5,
+                self._client = clients.connect(
+                    self._options.client, self._options.bootstrap_servers, self._options.topic, self._complain
                 )
                 return True
-            except KafkaError as error:
+            except ClientError as error:
                 self._complain(error)
                 if self._options.bounded and time.monotonic() > deadline:
                     return False
                 self._stop.wait(2.0)
         return False
 
-    def _done(self, record: Record, metadata: Any) -> None:
+    def _done(self, record: Record, error: ClientError | None, partition: int, offset: int) -> None:
         with self._changed:
             self._pending -= 1
-            self.sent += 1
-            first = self.sent == 1
-            self._causes.clear()
-            if self.truth:
-                self.truth.write(metadata.topic, metadata.partition, metadata.offset, record.truth)
+            if error:
+                self.failed += 1
+                self._complain(error)
+            else:
+                self.sent += 1
+                first = self.sent == 1
+                self._causes.clear()
+                if self.truth:
+                    self.truth.write(self._options.topic, partition, offset, record.truth)
             self._changed.notify_all()
+        if error:
+            return
         if not self._options.quiet:
-            line = sent_line(record.event, metadata.partition, metadata.offset)
-            print(line + fault_note(record.truth), flush=True)
+            print(sent_line(record.event, partition, offset) + fault_note(record.truth), flush=True)
         if first:
             sdnotify.notify("READY=1")
-
-    def _undelivered(self, error: BaseException) -> None:
-        with self._changed:
-            self._pending -= 1
-            self.failed += 1
-            self._complain(error)
-            self._changed.notify_all()
 
     def wait_for_room(self, watchdog: sdnotify.Watchdog) -> None:
         """Blocks while too much is unacknowledged: a broker that is away slows the shop, not fills memory."""
@@ -184,39 +171,32 @@ class Sender:
             # A new try is a new event, with the time of now. With faults it is not: a later one may repeat it.
             if record is None or self._options.faults is None:
                 record = next(records)
-            producer = self._producer
-            assert producer is not None
+            client = self._client
+            assert client is not None
             with self._changed:
                 self._pending += 1
             try:
-                future = producer.send(self._options.topic, key=record.key, value=record.value)
-            except KafkaError as error:
+                client.send(record.key, record.value, partial(self._done, record))
+            except ClientError as error:
                 with self._changed:
                     self._pending -= 1
                 self._complain(error)
                 if self._options.bounded and time.monotonic() > deadline:
                     return False
-                if not getattr(error, "retriable", False):
-                    # The client does not leave its fatal state by itself.
-                    producer.close(timeout=5)
+                if error.fatal:
+                    client.close(timeout=5)
                     if not self.connect():
                         return False
                 self._stop.wait(1.0)
                 continue
-            future.add_callback(partial(self._done, record))
-            future.add_errback(self._undelivered)
             return True
         return True
 
     def close(self, timeout: float = 30.0) -> None:
         """Waits for what is in flight, so that every event ends as acknowledged or as failed."""
-        if self._producer is None:
+        if self._client is None:
             return
-        try:
-            self._producer.flush(timeout=timeout)
-        except KafkaError as error:
-            self._complain(error)
-        self._producer.close(timeout=5)
+        self._client.close(timeout)
         with self._changed:
             # What never got an answer counts as failed: better one too many than a loss unseen.
             self.failed += self._pending
@@ -345,6 +325,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     # The service's environment names them, as it does for the streams.
     servers = os.environ.get("CLICKSTREAM_BOOTSTRAP_SERVERS", "localhost:9092")
     topic = os.environ.get("CLICKSTREAM_TOPIC", "ecom_clickstream_raw")
+    parser.add_argument(
+        "--client", choices=clients.NAMES, default=clients.NAMES[0], help="confluent is the faster one; both send alike"
+    )
     parser.add_argument("--bootstrap-servers", default=servers, help="host:port, comma-separated")
     parser.add_argument("--topic", default=topic, help="an existing topic")
     parser.add_argument("--rate", type=_positive(float), default=5.0, help="events a second")
