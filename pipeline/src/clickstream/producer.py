@@ -6,6 +6,7 @@ Bounded (the default: 5 events a second for 60 seconds) or endless (`--duration 
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import math
 import os
@@ -13,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from clickstream import catalogue, clients, faults, sdnotify
+from clickstream import catalogue, clients, faults, replay, sdnotify
 from clickstream.arrival import KINDS, Pacer, arrivals
 from clickstream.clients import ClientError
 from clickstream.faults import Record, Truth, TruthFile
+from clickstream.replay import Replay
 from clickstream.shop import Shop
 
 if TYPE_CHECKING:
@@ -39,11 +42,55 @@ GIVE_UP_SECONDS = 60.0
 PROGRESS_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(ABC):
     client: str
     bootstrap_servers: list[str]
     topic: str
+    quiet: bool
+    dry_run: bool
+    truth: Path | None
+    progress: bool
+    faults: dict[str, float] | None = None
+
+    @property
+    def bounded(self) -> bool:
+        return True
+
+    @property
+    def total(self) -> int | None:
+        """How many events the run has; None when it has no end, or nobody knows."""
+        return None
+
+    @property
+    def max_unacknowledged(self) -> int:
+        """Bounds the memory while the broker is away, and what a crash can lose."""
+        return 50_000
+
+    @abstractmethod
+    def arrivals(self, at: Callable[[float], float]) -> Iterator[float]:
+        """Seconds from the start at which the records are due; `at` says which Unix time that is."""
+
+    @abstractmethod
+    def records(self, clock: Callable[[], float] = time.time) -> Iterator[Record]:
+        """The record that is due."""
+
+    @property
+    def renewed(self) -> bool:
+        """Whether a new try is a new event, with the time of now."""
+        return False
+
+    def acknowledged(self, record: Record) -> None:
+        """Told of every record that Kafka has; in the client's thread."""
+        return
+
+    def close(self) -> None:
+        """After the last record, when all are acknowledged or have failed."""
+        return
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShopOptions(Options):
     rate: float
     duration: float
     users: int
@@ -51,12 +98,7 @@ class Options:
     arrival: str
     seed: int | None
     first_id: int | None
-    quiet: bool
-    dry_run: bool
-    faults: dict[str, float] | None
     late_by: float
-    truth: Path | None
-    progress: bool
 
     @property
     def bounded(self) -> bool:
@@ -64,13 +106,15 @@ class Options:
 
     @property
     def total(self) -> int | None:
-        """How many events the run has; None when it has no end, or chance decides."""
         return round(self.rate * self.duration) if self.bounded and self.arrival == "even" else None
 
     @property
     def max_unacknowledged(self) -> int:
-        """Bounds the memory while the broker is away, and what a crash can lose."""
         return max(100, min(50_000, math.ceil(self.rate * 5)))
+
+    @property
+    def renewed(self) -> bool:
+        return self.faults is None  # with faults, a later record may repeat this one
 
     def arrivals(self, at: Callable[[float], float]) -> Iterator[float]:
         return arrivals(self.arrival, self.rate, self.duration, seed=self.seed, at=at)
@@ -80,6 +124,28 @@ class Options:
         if self.faults is None:
             return faults.plain(shop)
         return faults.Faults(shop, self.faults, seed=self.seed, late_by=self.late_by)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayOptions(Options):
+    replay: Replay
+    speed: float
+    keep_timestamps: bool
+
+    def arrivals(self, at: Callable[[float], float]) -> Iterator[float]:
+        return self.replay.arrivals(at, self.speed, self.keep_timestamps)
+
+    def records(self, clock: Callable[[], float] = time.time) -> Iterator[Record]:
+        return faults.plain(self.replay.current for _ in itertools.repeat(None))
+
+    def acknowledged(self, record: Record) -> None:
+        self.replay.acknowledged(record.event)
+
+    def close(self) -> None:
+        if not self.dry_run:
+            self.replay.save()
+        for line in self.replay.report():
+            log.warning(line)
 
 
 def sent_line(event: Event, partition: int, offset: int) -> str:
@@ -142,6 +208,7 @@ class Sender:
                 self.sent += 1
                 first = self.sent == 1
                 self._causes.clear()
+                self._options.acknowledged(record)
                 if self.truth:
                     self.truth.write(self._options.topic, partition, offset, record.truth)
             self._changed.notify_all()
@@ -168,8 +235,7 @@ class Sender:
         deadline = time.monotonic() + GIVE_UP_SECONDS
         record = None
         while not self._stop.is_set():
-            # A new try is a new event, with the time of now. With faults it is not: a later one may repeat it.
-            if record is None or self._options.faults is None:
+            if record is None or self._options.renewed:
                 record = next(records)
             client = self._client
             assert client is not None
@@ -264,6 +330,7 @@ def run(options: Options, stop: threading.Event) -> int:
     sdnotify.notify("STOPPING=1")
     sender.close()
     ended.set()
+    options.close()
     print(f"Producer closed. Total events sent: {sender.sent}", flush=True)
     if sender.failed or not complete:
         log.error("%d events were not acknowledged", sender.failed)
@@ -295,6 +362,7 @@ def dry_run(options: Options, stop: threading.Event) -> int:
     except BrokenPipeError:
         # The reader has what it wanted. What is still buffered must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    options.close()
     return 0
 
 
@@ -316,12 +384,7 @@ def _duration(text: str) -> float:
     return value
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Options:
-    parser = argparse.ArgumentParser(
-        prog="ecom-producer",
-        description="Simulates a shop: sends view, add_to_cart and purchase events to Kafka.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def _common(parser: argparse.ArgumentParser) -> None:
     # The service's environment names them, as it does for the streams.
     servers = os.environ.get("CLICKSTREAM_BOOTSTRAP_SERVERS", "localhost:9092")
     topic = os.environ.get("CLICKSTREAM_TOPIC", "ecom_clickstream_raw")
@@ -330,6 +393,77 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     )
     parser.add_argument("--bootstrap-servers", default=servers, help="host:port, comma-separated")
     parser.add_argument("--topic", default=topic, help="an existing topic")
+    parser.add_argument("--quiet", action="store_true", help="no line per event")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the events as JSON lines instead of sending them; without waiting, unless the run is endless",
+    )
+    parser.add_argument(
+        "--truth", type=Path, metavar="FILE", help="a new file; a JSON line for each acknowledged record: what it is"
+    )
+    parser.add_argument(
+        "--progress", action="store_true", help=f"every {PROGRESS_SECONDS:g} s, a line on stderr: what is acknowledged"
+    )
+
+
+def _check_common(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    args.bootstrap_servers = [s.strip() for s in args.bootstrap_servers.split(",") if s.strip()]
+    if not args.bootstrap_servers:
+        parser.error("--bootstrap-servers is empty")
+    if args.dry_run and (args.truth or args.progress):
+        name = "--truth" if args.truth else "--progress"
+        parser.error(f"{name} is of acknowledged records; leave out --dry-run")
+    if args.truth and args.truth.exists():
+        parser.error(f"--truth: {args.truth} exists; name another file, or move it away")
+
+
+def parse_replay(argv: Sequence[str]) -> ReplayOptions:
+    parser = argparse.ArgumentParser(
+        prog="ecom-producer replay",
+        description="Sends the events of a file to Kafka: ours as JSON lines, or a public data set's CSV.",
+        epilog="The file's order is kept; a timestamp that goes backwards does not wait. Rows that cannot be mapped "
+        "are counted and the first ones named. Silver refuses events older than a week.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("file", type=Path, help="may be compressed: .gz")
+    parser.add_argument("--format", choices=replay.FORMATS, default="events")
+    parser.add_argument("--speed", type=_duration, default=1.0, help="divides the gaps; 0 is as fast as possible")
+    parser.add_argument(
+        "--keep-timestamps", action="store_true", help="leave the times as they are; else the first event is of now"
+    )
+    parser.add_argument(
+        "--first-id",
+        type=_positive(int),
+        help="number of the first row's event_id, for the data sets; else by the file's name",
+    )
+    parser.add_argument(
+        "--resume", type=Path, metavar="STATE", help="a file that keeps what is acknowledged, to go on from there"
+    )
+    _common(parser)
+    args = parser.parse_args(argv)
+    _check_common(parser, args)
+    if not args.file.is_file():
+        parser.error(f"{args.file} is not a file")
+    values = vars(args)
+    try:
+        source = Replay(
+            values.pop("file"), values.pop("format"), first_id=values.pop("first_id"), state=values.pop("resume")
+        )
+        source.check()
+    except (OSError, EOFError, ValueError) as error:
+        parser.error(str(error))
+    return ReplayOptions(replay=source, **values)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> ShopOptions:
+    parser = argparse.ArgumentParser(
+        prog="ecom-producer",
+        description="Simulates a shop: sends view, add_to_cart and purchase events to Kafka.",
+        epilog="`ecom-producer replay --help`: the events of a file instead.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _common(parser)
     parser.add_argument("--rate", type=_positive(float), default=5.0, help="events a second")
     parser.add_argument("--duration", type=_duration, default=60.0, help="seconds; 0 runs until stopped")
     parser.add_argument(
@@ -342,12 +476,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     parser.add_argument("--products", type=_positive(int), default=100)
     parser.add_argument("--seed", type=int, help="repeat the same shop; ids then start at evt_00000001")
     parser.add_argument("--first-id", type=_positive(int), help="number of the first event_id")
-    parser.add_argument("--quiet", action="store_true", help="no line per event")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print the events as JSON lines instead of sending them; without waiting, unless --duration is 0",
-    )
     parser.add_argument(
         "--faults",
         type=faults.parse_rates,
@@ -357,38 +485,26 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     parser.add_argument(
         "--late-by", type=float, default=faults.LATE_BY_SECONDS, metavar="SECONDS", help="age of the late events"
     )
-    parser.add_argument(
-        "--truth", type=Path, metavar="FILE", help="a new file; a JSON line for each acknowledged record: what it is"
-    )
-    parser.add_argument(
-        "--progress", action="store_true", help=f"every {PROGRESS_SECONDS:g} s, a line on stderr: what is acknowledged"
-    )
     args = parser.parse_args(argv)
     star = int(catalogue.HIGH_INTEREST_PRODUCT.removeprefix("prod_"))
     if args.products <= star:
         parser.error(f"--products must be above {star}: {catalogue.HIGH_INTEREST_PRODUCT} is always on sale")
-    args.bootstrap_servers = [s.strip() for s in args.bootstrap_servers.split(",") if s.strip()]
-    if not args.bootstrap_servers:
-        parser.error("--bootstrap-servers is empty")
+    _check_common(parser, args)
     if args.faults is not None:
         try:
             faults.check_late_by(args.late_by)
             faults.limit("max_clock_skew")
         except ValueError as error:
             parser.error(f"--late-by: {error}")
-    if args.dry_run and (args.truth or args.progress):
-        name = "--truth" if args.truth else "--progress"
-        parser.error(f"{name} is of acknowledged records; leave out --dry-run")
-    if args.truth and args.truth.exists():
-        parser.error(f"--truth: {args.truth} exists; name another file, or move it away")
-    return Options(**vars(args))
+    return ShopOptions(**vars(args))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # The client reports every reconnection attempt; causes are logged once, here.
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
-    options = parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    options: Options = parse_replay(argv[1:]) if argv[:1] == ["replay"] else parse_args(argv)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
