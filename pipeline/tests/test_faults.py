@@ -15,7 +15,8 @@ import pytest
 
 from clickstream import account, faults, producer, rules, silver
 from clickstream.faults import KINDS, MALFORMED, Faults, Record, Truth, TruthFile, parse_rates
-from clickstream.producer import Shop, parse_args
+from clickstream.producer import parse_args
+from clickstream.shop import Shop
 
 if TYPE_CHECKING:
     from pathlib import Path

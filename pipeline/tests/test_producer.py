@@ -1,33 +1,21 @@
-"""The producer: what the seed document promises, and ids that never meet."""
+"""The producer's command: what the document promises of a run."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 import threading
-from collections import Counter
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
-from clickstream import catalogue, producer
-from clickstream.producer import Pacer, Shop, iso_millis, parse_args, sent_line
-
-# Upper 0.1 % points of the chi-square distribution: a seeded run passes or fails for ever.
-CHI2_999 = {1: 10.83, 2: 13.82}
-
-
-def take(count: int, **options: object) -> list[producer.Event]:
-    return list(itertools.islice(Shop(**options), count))  # type: ignore[arg-type]
-
-
-def chi_square(observed: list[int], expected: list[float]) -> float:
-    return sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True))
+from clickstream import producer
+from clickstream.producer import parse_args, sent_line
+from clickstream.shop import Shop
 
 
 def test_a_run_with_defaults_is_300_events() -> None:
@@ -45,87 +33,20 @@ def test_duration_0_is_endless() -> None:
 
 @pytest.mark.parametrize(
     "argv",
-    [["--rate", "0"], ["--rate", "nan"], ["--duration", "-1"], ["--users", "0"], ["--products", "41"]],
+    [
+        ["--rate", "0"],
+        ["--rate", "nan"],
+        ["--duration", "-1"],
+        ["--users", "0"],
+        ["--products", "41"],
+        ["--arrival", "odd"],
+    ],
 )
 def test_wrong_options_are_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         parse_args(argv)
     assert error.value.code == 2
     assert argv[0] in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_the_high_interest_product_has_its_share_and_its_weights(seed: int) -> None:
-    events = take(20_000, seed=seed)
-    star = [e for e in events if e["product_id"] == catalogue.HIGH_INTEREST_PRODUCT]
-    assert chi_square([len(star), len(events) - len(star)], [4_000, 16_000]) < CHI2_999[1]
-    kinds = Counter(e["event_type"] for e in star)
-    expected = [len(star) * weight / 100 for weight in (95, 4, 1)]
-    assert chi_square([kinds[t] for t in catalogue.EVENT_TYPES], expected) < CHI2_999[2]
-
-
-def test_500_users_and_100_products_appear() -> None:
-    events = take(20_000, seed=1)
-    assert {e["user_id"] for e in events} == {f"user_{n:04d}" for n in range(1, 501)}
-    assert {e["product_id"] for e in events} == {f"prod_{n:04d}" for n in range(1, 101)}
-    assert {e["event_type"] for e in events} == {"view", "add_to_cart", "purchase"}
-
-
-def test_an_event_has_the_ten_fields_of_the_contract() -> None:
-    (event,) = take(1, seed=1, clock=lambda: 1764419696.7894)
-    assert list(event) == [
-        "event_id",
-        "user_id",
-        "product_id",
-        "event_type",
-        "timestamp",
-        "session_id",
-        "product_category",
-        "device_type",
-        "page_url",
-        "price",
-    ]
-    assert event["event_id"] == "evt_00000001"
-    assert event["timestamp"] == "2025-11-29T12:34:56.789Z"
-    assert event["page_url"] == f"/product/{event['product_id']}"
-    assert event["product_category"] in catalogue.CATEGORIES
-    assert event["device_type"] in catalogue.DEVICE_TYPES
-    assert json.loads(json.dumps(event["price"])) == event["price"] > 0
-
-
-def test_a_product_keeps_its_category_and_price_in_every_run() -> None:
-    seen = {(e["product_id"], e["product_category"], e["price"]) for s in (None, 1, 2) for e in take(5_000, seed=s)}
-    assert len(seen) == 100
-
-
-def test_a_session_keeps_its_device_and_its_user() -> None:
-    events = take(20_000, seed=3)
-    assert len({e["session_id"] for e in events}) == len(
-        {(e["session_id"], e["device_type"], e["user_id"]) for e in events}
-    )
-
-
-def test_a_seeded_shop_repeats() -> None:
-    assert take(1_000, seed=7, clock=lambda: 0.0) == take(1_000, seed=7, clock=lambda: 0.0)
-    assert take(100, seed=7, clock=lambda: 0.0) != take(100, seed=8, clock=lambda: 0.0)
-
-
-def test_ids_of_two_runs_never_meet() -> None:
-    one, two = take(5_000), take(5_000)
-    ids = [e["event_id"] for e in one + two]
-    assert len(set(ids)) == 10_000
-    assert all(re.fullmatch(r"evt_\d{8,20}", i) for i in ids)
-
-
-def test_first_id_can_be_chosen() -> None:
-    assert take(2, first_id=42)[1]["event_id"] == "evt_00000043"
-
-
-@pytest.mark.parametrize("millis", [0, 1, 999, 1764419696789])
-def test_iso_millis(millis: int) -> None:
-    text = iso_millis(millis / 1000)
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", text)
-    assert abs(datetime.fromisoformat(text).timestamp() * 1000 - millis) <= 1
 
 
 def test_the_console_line_is_the_documents() -> None:
@@ -139,39 +60,6 @@ def test_the_console_line_is_the_documents() -> None:
         sent_line(event, 2, 0)
         == "Sent: add_to_cart     | User: user_0456   | Product: prod_0033   | Partition: 2 | Offset: 0"
     )
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_the_pace_is_even_and_does_not_drift() -> None:
-    clock = Clock()
-    pacer = Pacer(5.0, clock)
-    sent = []
-    for _ in range(300):
-        clock.now += pacer.delay()
-        sent.append(clock.now)
-        clock.now += 0.003  # sending takes time
-    assert sent[0] == 100.0
-    assert sent == pytest.approx([100 + i / 5 for i in range(300)])
-
-
-def test_after_a_stall_at_most_a_second_is_made_up() -> None:
-    clock = Clock()
-    pacer = Pacer(10.0, clock)
-    pacer.delay()
-    clock.now += 60
-    at_once = sum(1 for _ in range(50) if pacer.delay() == 0)
-    assert at_once == 11  # the second behind, and the one that is due now
-
-
-def test_utc_is_what_the_clock_says() -> None:
-    (event,) = take(1, seed=1)
-    assert abs((datetime.now(UTC) - datetime.fromisoformat(event["timestamp"])).total_seconds()) < 5
 
 
 def test_the_environment_names_the_broker_and_a_flag_wins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +85,19 @@ def test_a_dry_run_prints_its_events_and_nothing_else(capfdbinary: pytest.Captur
     events = [json.loads(line) for line in printed.out.splitlines()]
     assert len(events) == 30_000
     assert not printed.err
-    assert [e["event_id"] for e in events] == [e["event_id"] for e in take(30_000, seed=1)]
+    assert [e["event_id"] for e in events] == [e["event_id"] for e in itertools.islice(Shop(seed=1), 30_000)]
+    first, last = (datetime.fromisoformat(events[place]["timestamp"]) for place in (0, -1))
+    assert (last - first).total_seconds() == pytest.approx(5999.8, abs=0.002)
+
+
+def test_events_at_random_fill_the_duration(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    options = parse_args(["--dry-run", "--seed", "1", "--arrival", "poisson", "--duration", "600"])
+    assert options.total is None
+    assert producer.dry_run(options, threading.Event()) == 0
+    events = [json.loads(line) for line in capfdbinary.readouterr().out.splitlines()]
+    assert abs(len(events) - 3_000) < 4 * 3_000**0.5
+    first, last = (datetime.fromisoformat(events[place]["timestamp"]) for place in (0, -1))
+    assert 590 < (last - first).total_seconds() < 600
 
 
 def test_a_dry_run_needs_no_broker_and_its_reader_may_leave_early() -> None:
@@ -218,6 +118,13 @@ def test_an_endless_dry_run_ends_when_it_is_told_to() -> None:
         process.terminate()
         process.stdout.read()
         assert process.wait(timeout=30) == 0
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 class Account:

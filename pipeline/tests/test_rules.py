@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from conftest import NOW, event, without
 from pyspark.sql import functions as F  # noqa: N812
 
 from clickstream import faults, rules, silver
+from clickstream.event import FIELDS
+from clickstream.shop import Shop
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -73,14 +76,14 @@ CASES: dict[str, tuple[bytes | None, list[str]]] = {
     "nested 100,000 deep": (b'{"a":' * 100_000, ["not_json_object"]),
     "brackets 5,000 deep": (b"[" * 5_000 + b"]" * 5_000, ["not_json_object"]),
     # all reasons at once
-    "empty object": (b"{}", [f"{f}_missing" for f in rules.FIELDS if f != "price"] + ["price_missing"]),
+    "empty object": (b"{}", [f"{f}_missing" for f in FIELDS if f != "price"] + ["price_missing"]),
     "many reasons": (
         raw(event_type="click", device_type="watch", price=-1, user_id="bob"),
         ["user_id_format", "event_type_unknown", "device_unknown", "price_not_positive"],
     ),
     # identifiers
-    **{f"{f} missing": (json.dumps(without(event(), f)).encode(), [f"{f}_missing"]) for f in rules.FIELDS},
-    **{f"{f} null": (raw(**{f: None}), [f"{f}_missing"]) for f in rules.FIELDS},
+    **{f"{f} missing": (json.dumps(without(event(), f)).encode(), [f"{f}_missing"]) for f in FIELDS},
+    **{f"{f} null": (raw(**{f: None}), [f"{f}_missing"]) for f in FIELDS},
     "event_id short": (raw(event_id="evt_1"), ["event_id_format"]),
     "event_id number": (raw(event_id=12345678), ["event_id_format"]),
     "event_id empty": (raw(event_id=""), ["event_id_format"]),
@@ -234,3 +237,9 @@ def test_a_malformed_record_fails_the_rule_that_its_truth_names(spark: SparkSess
     found = check(spark, settings, [make(event()) for _, make in faults.MALFORMED])
     for (code, _), codes in zip(faults.MALFORMED, found, strict=True):
         assert code in codes
+
+
+def test_what_the_shop_says_is_valid(spark: SparkSession, settings: Settings) -> None:
+    """After many events too, when prices have moved."""
+    events = itertools.islice(Shop(seed=1, clock=NOW.timestamp), 0, 100_000, 20)
+    assert {*map(tuple, check(spark, settings, [json.dumps(event).encode() for event in events]))} == {()}

@@ -30,13 +30,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import orjson
 
 from clickstream import catalogue
+from clickstream.event import FIELDS
 from clickstream.settings import PREFIX, Settings, seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
-    from clickstream.producer import Event
+    from clickstream.event import Event
 
 KINDS = ("duplicate", "conflicting", "late", "future", "malformed")
 LATE_BY_SECONDS = 30 * 60.0
@@ -100,21 +101,7 @@ MALFORMED: tuple[tuple[str, Callable[[Event], bytes | None]], ...] = (
     ("not_json_object", _cut),
     ("not_json_object", lambda event: orjson.dumps([event])),
     ("not_json_object", lambda event: orjson.dumps(event) * 2),
-    *(
-        (f"{field}_missing", _without(field))
-        for field in (
-            "event_id",
-            "user_id",
-            "product_id",
-            "event_type",
-            "timestamp",
-            "session_id",
-            "product_category",
-            "device_type",
-            "page_url",
-            "price",
-        )
-    ),
+    *((f"{field}_missing", _without(field)) for field in FIELDS),
     ("price_missing", _with(price=None)),
     ("event_id_format", _with(event_id=1)),
     ("user_id_format", _with(user_id="nobody")),

@@ -1,4 +1,4 @@
-"""A simulated shop that sends clickstream events to Kafka at an even rate.
+"""A simulated shop that sends clickstream events to Kafka.
 
 Bounded (the default: 5 events a second for 60 seconds) or endless (`--duration 0`, as the service runs it).
 """
@@ -10,163 +10,142 @@ import itertools
 import logging
 import math
 import os
-import random
 import signal
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from kafka import KafkaProducer
-from kafka.errors import KafkaError
 
-from clickstream import catalogue, faults, sdnotify
+from clickstream import catalogue, clients, faults, replay, sdnotify
+from clickstream.arrival import KINDS, Pacer, arrivals
+from clickstream.clients import ClientError
 from clickstream.faults import Record, Truth, TruthFile
+from clickstream.replay import Replay
+from clickstream.shop import Shop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    from clickstream.event import Event
 
 log = logging.getLogger("ecom-producer")
 
-Event = dict[str, Any]
-
-SESSION_GAP_SECONDS = 30 * 60
 # A bounded run gives up when this long passes without the broker accepting anything.
 GIVE_UP_SECONDS = 60.0
 PROGRESS_SECONDS = 5.0
 
 
-def iso_millis(moment: float) -> str:
-    """Unix seconds as 2025-11-29T12:34:56.789Z."""
-    seconds, millis = divmod(int(moment * 1000), 1000)
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{millis:03d}Z"
-
-
-class Shop:
-    """An endless iterator of events; with a seed, everything but the clock repeats."""
-
-    def __init__(
-        self,
-        *,
-        users: int = 500,
-        products: int = 100,
-        seed: int | None = None,
-        first_id: int | None = None,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._rng = random.Random(seed)
-        self._clock = clock
-        if first_id is None:
-            # Silver deduplicates on event_id, so ids must differ between runs, also between a run by hand
-            # and the service beside it. One event takes a microsecond of id space and never a microsecond
-            # of time, so two runs started at different microseconds cannot meet.
-            first_id = 1 if seed is not None else time.time_ns() // 1000
-        self._ids = itertools.count(first_id)
-        self._users = [f"user_{n:04d}" for n in range(1, users + 1)]
-        everything = {p.product_id: p for p in catalogue.products(products)}
-        self._star = everything.pop(catalogue.HIGH_INTEREST_PRODUCT)
-        self._others = list(everything.values())
-        self._sessions: dict[str, tuple[str, str, float]] = {}
-
-    def _session(self, user: str, now: float) -> tuple[str, str]:
-        """The user's session and its device; a new one after the gap, and now and then sooner."""
-        known = self._sessions.get(user)
-        if known is None or now - known[2] > SESSION_GAP_SECONDS or self._rng.random() < 0.05:
-            session_id = f"session_{self._rng.randrange(10**8):04d}"
-            known = (session_id, self._rng.choice(catalogue.DEVICE_TYPES), now)
-        self._sessions[user] = (known[0], known[1], now)
-        return known[0], known[1]
-
-    def __iter__(self) -> Iterator[Event]:
-        return self
-
-    def __next__(self) -> Event:
-        rng, now = self._rng, self._clock()
-        if rng.random() < catalogue.HIGH_INTEREST_SHARE:
-            product, weights = self._star, catalogue.HIGH_INTEREST_WEIGHTS
-        else:
-            product, weights = rng.choice(self._others), catalogue.ORDINARY_WEIGHTS
-        event_type = rng.choices(catalogue.EVENT_TYPES, weights)[0]
-        user = rng.choice(self._users)
-        session_id, device = self._session(user, now)
-        return {
-            "event_id": f"evt_{next(self._ids):08d}",
-            "user_id": user,
-            "product_id": product.product_id,
-            "event_type": event_type,
-            "timestamp": iso_millis(now),
-            "session_id": session_id,
-            "product_category": product.category,
-            "device_type": device,
-            "page_url": product.page_url,
-            "price": float(product.price),
-        }
-
-
-class Pacer:
-    """An even schedule on the monotonic clock: no drift, and after a stall at most a second's worth at once."""
-
-    MAX_LAG = 1.0
-
-    def __init__(self, rate: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._interval = 1.0 / rate
-        self._clock = clock
-        self._origin = clock()
-        self._count = 0
-
-    def delay(self) -> float:
-        """Seconds until the next event is due; counts it as taken."""
-        now = self._clock()
-        due = self._origin + self._count * self._interval
-        if now - due > self.MAX_LAG:
-            self._origin += now - due - self.MAX_LAG
-            due = now - self.MAX_LAG
-        self._count += 1
-        return max(0.0, due - now)
-
-
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(ABC):
+    client: str
     bootstrap_servers: list[str]
     topic: str
-    rate: float
-    duration: float
-    users: int
-    products: int
-    seed: int | None
-    first_id: int | None
     quiet: bool
     dry_run: bool
-    faults: dict[str, float] | None
-    late_by: float
     truth: Path | None
     progress: bool
+    faults: dict[str, float] | None = None
+
+    @property
+    def bounded(self) -> bool:
+        return True
 
     @property
     def total(self) -> int | None:
-        """Events of a bounded run; None when endless."""
-        return round(self.rate * self.duration) if self.duration else None
+        """How many events the run has; None when it has no end, or nobody knows."""
+        return None
 
     @property
     def max_unacknowledged(self) -> int:
         """Bounds the memory while the broker is away, and what a crash can lose."""
+        return 50_000
+
+    @abstractmethod
+    def arrivals(self, at: Callable[[float], float]) -> Iterator[float]:
+        """Seconds from the start at which the records are due; `at` says which Unix time that is."""
+
+    @abstractmethod
+    def records(self, clock: Callable[[], float] = time.time) -> Iterator[Record]:
+        """The record that is due."""
+
+    @property
+    def renewed(self) -> bool:
+        """Whether a new try is a new event, with the time of now."""
+        return False
+
+    def acknowledged(self, record: Record) -> None:
+        """Told of every record that Kafka has; in the client's thread."""
+        return
+
+    def close(self) -> None:
+        """After the last record, when all are acknowledged or have failed."""
+        return
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShopOptions(Options):
+    rate: float
+    duration: float
+    users: int
+    products: int
+    arrival: str
+    seed: int | None
+    first_id: int | None
+    late_by: float
+
+    @property
+    def bounded(self) -> bool:
+        return self.duration > 0
+
+    @property
+    def total(self) -> int | None:
+        return round(self.rate * self.duration) if self.bounded and self.arrival == "even" else None
+
+    @property
+    def max_unacknowledged(self) -> int:
         return max(100, min(50_000, math.ceil(self.rate * 5)))
 
-    def turns(self) -> Iterable[int]:
-        """One for each event of the run."""
-        return itertools.count() if self.total is None else range(self.total)
+    @property
+    def renewed(self) -> bool:
+        return self.faults is None  # with faults, a later record may repeat this one
 
-    def records(self) -> Iterator[Record]:
-        shop = Shop(users=self.users, products=self.products, seed=self.seed, first_id=self.first_id)
+    def arrivals(self, at: Callable[[float], float]) -> Iterator[float]:
+        return arrivals(self.arrival, self.rate, self.duration, seed=self.seed, at=at)
+
+    def records(self, clock: Callable[[], float] = time.time) -> Iterator[Record]:
+        shop = Shop(users=self.users, products=self.products, seed=self.seed, first_id=self.first_id, clock=clock)
         if self.faults is None:
             return faults.plain(shop)
         return faults.Faults(shop, self.faults, seed=self.seed, late_by=self.late_by)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayOptions(Options):
+    replay: Replay
+    speed: float
+    keep_timestamps: bool
+
+    def arrivals(self, at: Callable[[float], float]) -> Iterator[float]:
+        return self.replay.arrivals(at, self.speed, self.keep_timestamps)
+
+    def records(self, clock: Callable[[], float] = time.time) -> Iterator[Record]:
+        return faults.plain(self.replay.current for _ in itertools.repeat(None))
+
+    def acknowledged(self, record: Record) -> None:
+        self.replay.acknowledged(record.event)
+
+    def close(self) -> None:
+        if not self.dry_run:
+            self.replay.save()
+        for line in self.replay.report():
+            log.warning(line)
 
 
 def sent_line(event: Event, partition: int, offset: int) -> str:
@@ -192,65 +171,53 @@ class Sender:
         self._changed = threading.Condition()
         self._pending = 0
         self._causes: Counter[str] = Counter()
-        self._producer: KafkaProducer | None = None
+        self._client: clients.Client | None = None
         self.truth: TruthFile | None = None
         self.sent = 0
         self.failed = 0
 
-    def _complain(self, error: BaseException) -> None:
+    def _complain(self, error: ClientError) -> None:
         """Logs each cause once, until something is acknowledged again."""
-        cause = type(error).__name__
-        self._causes[cause] += 1
-        if self._causes[cause] == 1:
-            log.warning("%s: %s", cause, error)
+        self._causes[error.cause] += 1
+        if self._causes[error.cause] == 1:
+            log.warning("%s: %s", error.cause, error)
 
     def connect(self) -> bool:
         """Connects; endless runs wait for the broker, bounded ones give up. False when there is no broker."""
         deadline = time.monotonic() + GIVE_UP_SECONDS
         while not self._stop.is_set():
             try:
-                self._producer = KafkaProducer(
-                    bootstrap_servers=self._options.bootstrap_servers,
-                    client_id="ecom-producer",
-                    acks="all",
-                    retries=3,
-                    retry_backoff_ms=500,
-                    enable_idempotence=True,
-                    allow_auto_create_topics=False,
-                    bootstrap_timeout_ms=10_000,
-                    reconnect_backoff_max_ms=2_000,
-                    max_block_ms=5_000,
-                    linger_ms=5,
+                self._client = clients.connect(
+                    self._options.client, self._options.bootstrap_servers, self._options.topic, self._complain
                 )
                 return True
-            except KafkaError as error:
+            except ClientError as error:
                 self._complain(error)
-                if self._options.total is not None and time.monotonic() > deadline:
+                if self._options.bounded and time.monotonic() > deadline:
                     return False
                 self._stop.wait(2.0)
         return False
 
-    def _done(self, record: Record, metadata: Any) -> None:
+    def _done(self, record: Record, error: ClientError | None, partition: int, offset: int) -> None:
         with self._changed:
             self._pending -= 1
-            self.sent += 1
-            first = self.sent == 1
-            self._causes.clear()
-            if self.truth:
-                self.truth.write(metadata.topic, metadata.partition, metadata.offset, record.truth)
+            if error:
+                self.failed += 1
+                self._complain(error)
+            else:
+                self.sent += 1
+                first = self.sent == 1
+                self._causes.clear()
+                self._options.acknowledged(record)
+                if self.truth:
+                    self.truth.write(self._options.topic, partition, offset, record.truth)
             self._changed.notify_all()
+        if error:
+            return
         if not self._options.quiet:
-            line = sent_line(record.event, metadata.partition, metadata.offset)
-            print(line + fault_note(record.truth), flush=True)
+            print(sent_line(record.event, partition, offset) + fault_note(record.truth), flush=True)
         if first:
             sdnotify.notify("READY=1")
-
-    def _undelivered(self, error: BaseException) -> None:
-        with self._changed:
-            self._pending -= 1
-            self.failed += 1
-            self._complain(error)
-            self._changed.notify_all()
 
     def wait_for_room(self, watchdog: sdnotify.Watchdog) -> None:
         """Blocks while too much is unacknowledged: a broker that is away slows the shop, not fills memory."""
@@ -268,42 +235,34 @@ class Sender:
         deadline = time.monotonic() + GIVE_UP_SECONDS
         record = None
         while not self._stop.is_set():
-            # A new try is a new event, with the time of now. With faults it is not: a later one may repeat it.
-            if record is None or self._options.faults is None:
+            if record is None or self._options.renewed:
                 record = next(records)
-            producer = self._producer
-            assert producer is not None
+            client = self._client
+            assert client is not None
             with self._changed:
                 self._pending += 1
             try:
-                future = producer.send(self._options.topic, key=record.key, value=record.value)
-            except KafkaError as error:
+                client.send(record.key, record.value, partial(self._done, record))
+            except ClientError as error:
                 with self._changed:
                     self._pending -= 1
                 self._complain(error)
-                if self._options.total is not None and time.monotonic() > deadline:
+                if self._options.bounded and time.monotonic() > deadline:
                     return False
-                if not getattr(error, "retriable", False):
-                    # The client does not leave its fatal state by itself.
-                    producer.close(timeout=5)
+                if error.fatal:
+                    client.close(timeout=5)
                     if not self.connect():
                         return False
                 self._stop.wait(1.0)
                 continue
-            future.add_callback(partial(self._done, record))
-            future.add_errback(self._undelivered)
             return True
         return True
 
     def close(self, timeout: float = 30.0) -> None:
         """Waits for what is in flight, so that every event ends as acknowledged or as failed."""
-        if self._producer is None:
+        if self._client is None:
             return
-        try:
-            self._producer.flush(timeout=timeout)
-        except KafkaError as error:
-            self._complain(error)
-        self._producer.close(timeout=5)
+        self._client.close(timeout)
         with self._changed:
             # What never got an answer counts as failed: better one too many than a loss unseen.
             self.failed += self._pending
@@ -352,11 +311,11 @@ def run(options: Options, stop: threading.Event) -> int:
     if options.progress:
         threading.Thread(target=tell_progress, args=(sender, options.total, ended), daemon=True).start()
     records = options.records()
-    pacer = Pacer(options.rate)
+    pacer = Pacer()
     next_status = 0.0
     complete = True
-    for _ in options.turns():
-        delay = pacer.delay()
+    for due in options.arrivals(pacer.at):
+        delay = pacer.delay(due)
         if (delay and stop.wait(delay)) or stop.is_set():
             break
         sender.wait_for_room(watchdog)
@@ -371,36 +330,39 @@ def run(options: Options, stop: threading.Event) -> int:
     sdnotify.notify("STOPPING=1")
     sender.close()
     ended.set()
+    options.close()
     print(f"Producer closed. Total events sent: {sender.sent}", flush=True)
     if sender.failed or not complete:
         log.error("%d events were not acknowledged", sender.failed)
     if truth and truth.error:
         log.error("--truth is not complete: %s", truth.error)
         return 1
-    if options.total is None:
+    if not options.bounded:
         return 0
     return 1 if sender.failed or not complete else 0
 
 
 def dry_run(options: Options, stop: threading.Event) -> int:
-    """Prints the events as JSON lines. A bounded run does not wait; an endless one keeps its pace."""
-    records = options.records()
-    pacer = Pacer(options.rate) if options.total is None else None
+    """Prints the events as JSON lines. A bounded run does not wait, but has the times of one that does."""
+    pacer = Pacer()
+    due = 0.0
+    records = options.records((lambda: pacer.at(due)) if options.bounded else time.time)
     out = sys.stdout.buffer
     try:
-        for _ in options.turns():
-            if stop.wait(pacer.delay() if pacer else 0):
+        for due in options.arrivals(pacer.at):
+            if stop.wait(0 if options.bounded else pacer.delay(due)):
                 break
             record = next(records)
             # With faults a value need not be JSON, nor one line.
             line = record.value if options.faults is None else orjson.dumps(faults.readable(record))
             out.write((line or b"") + b"\n")
-            if pacer:
+            if not options.bounded:
                 out.flush()
         out.flush()
     except BrokenPipeError:
         # The reader has what it wanted. What is still buffered must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    options.close()
     return 0
 
 
@@ -422,29 +384,98 @@ def _duration(text: str) -> float:
     return value
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Options:
-    parser = argparse.ArgumentParser(
-        prog="ecom-producer",
-        description="Simulates a shop: sends view, add_to_cart and purchase events to Kafka at an even rate.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def _common(parser: argparse.ArgumentParser) -> None:
     # The service's environment names them, as it does for the streams.
     servers = os.environ.get("CLICKSTREAM_BOOTSTRAP_SERVERS", "localhost:9092")
     topic = os.environ.get("CLICKSTREAM_TOPIC", "ecom_clickstream_raw")
+    parser.add_argument(
+        "--client", choices=clients.NAMES, default=clients.NAMES[0], help="confluent is the faster one; both send alike"
+    )
     parser.add_argument("--bootstrap-servers", default=servers, help="host:port, comma-separated")
     parser.add_argument("--topic", default=topic, help="an existing topic")
-    parser.add_argument("--rate", type=_positive(float), default=5.0, help="events a second")
-    parser.add_argument("--duration", type=_duration, default=60.0, help="seconds; 0 runs until stopped")
-    parser.add_argument("--users", type=_positive(int), default=500)
-    parser.add_argument("--products", type=_positive(int), default=100)
-    parser.add_argument("--seed", type=int, help="repeat the same shop; ids then start at evt_00000001")
-    parser.add_argument("--first-id", type=_positive(int), help="number of the first event_id")
     parser.add_argument("--quiet", action="store_true", help="no line per event")
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the events as JSON lines instead of sending them; without waiting, unless --duration is 0",
+        help="print the events as JSON lines instead of sending them; without waiting, unless the run is endless",
     )
+    parser.add_argument(
+        "--truth", type=Path, metavar="FILE", help="a new file; a JSON line for each acknowledged record: what it is"
+    )
+    parser.add_argument(
+        "--progress", action="store_true", help=f"every {PROGRESS_SECONDS:g} s, a line on stderr: what is acknowledged"
+    )
+
+
+def _check_common(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    args.bootstrap_servers = [s.strip() for s in args.bootstrap_servers.split(",") if s.strip()]
+    if not args.bootstrap_servers:
+        parser.error("--bootstrap-servers is empty")
+    if args.dry_run and (args.truth or args.progress):
+        name = "--truth" if args.truth else "--progress"
+        parser.error(f"{name} is of acknowledged records; leave out --dry-run")
+    if args.truth and args.truth.exists():
+        parser.error(f"--truth: {args.truth} exists; name another file, or move it away")
+
+
+def parse_replay(argv: Sequence[str]) -> ReplayOptions:
+    parser = argparse.ArgumentParser(
+        prog="ecom-producer replay",
+        description="Sends the events of a file to Kafka: ours as JSON lines, or a public data set's CSV.",
+        epilog="The file's order is kept; a timestamp that goes backwards does not wait. Rows that cannot be mapped "
+        "are counted and the first ones named. Silver refuses events older than a week.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("file", type=Path, help="may be compressed: .gz")
+    parser.add_argument("--format", choices=replay.FORMATS, default="events")
+    parser.add_argument("--speed", type=_duration, default=1.0, help="divides the gaps; 0 is as fast as possible")
+    parser.add_argument(
+        "--keep-timestamps", action="store_true", help="leave the times as they are; else the first event is of now"
+    )
+    parser.add_argument(
+        "--first-id",
+        type=_positive(int),
+        help="number of the first row's event_id, for the data sets; else by the file's name",
+    )
+    parser.add_argument(
+        "--resume", type=Path, metavar="STATE", help="a file that keeps what is acknowledged, to go on from there"
+    )
+    _common(parser)
+    args = parser.parse_args(argv)
+    _check_common(parser, args)
+    if not args.file.is_file():
+        parser.error(f"{args.file} is not a file")
+    values = vars(args)
+    try:
+        source = Replay(
+            values.pop("file"), values.pop("format"), first_id=values.pop("first_id"), state=values.pop("resume")
+        )
+        source.check()
+    except (OSError, EOFError, ValueError) as error:
+        parser.error(str(error))
+    return ReplayOptions(replay=source, **values)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> ShopOptions:
+    parser = argparse.ArgumentParser(
+        prog="ecom-producer",
+        description="Simulates a shop: sends view, add_to_cart and purchase events to Kafka.",
+        epilog="`ecom-producer replay --help`: the events of a file instead.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _common(parser)
+    parser.add_argument("--rate", type=_positive(float), default=5.0, help="events a second")
+    parser.add_argument("--duration", type=_duration, default=60.0, help="seconds; 0 runs until stopped")
+    parser.add_argument(
+        "--arrival",
+        choices=KINDS,
+        default="even",
+        help="evenly; at random with that mean rate; or so with the hours of the day (UTC), most at 16 and least at 4",
+    )
+    parser.add_argument("--users", type=_positive(int), default=500)
+    parser.add_argument("--products", type=_positive(int), default=100)
+    parser.add_argument("--seed", type=int, help="repeat the same shop; ids then start at evt_00000001")
+    parser.add_argument("--first-id", type=_positive(int), help="number of the first event_id")
     parser.add_argument(
         "--faults",
         type=faults.parse_rates,
@@ -454,38 +485,26 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     parser.add_argument(
         "--late-by", type=float, default=faults.LATE_BY_SECONDS, metavar="SECONDS", help="age of the late events"
     )
-    parser.add_argument(
-        "--truth", type=Path, metavar="FILE", help="a new file; a JSON line for each acknowledged record: what it is"
-    )
-    parser.add_argument(
-        "--progress", action="store_true", help=f"every {PROGRESS_SECONDS:g} s, a line on stderr: what is acknowledged"
-    )
     args = parser.parse_args(argv)
     star = int(catalogue.HIGH_INTEREST_PRODUCT.removeprefix("prod_"))
     if args.products <= star:
         parser.error(f"--products must be above {star}: {catalogue.HIGH_INTEREST_PRODUCT} is always on sale")
-    args.bootstrap_servers = [s.strip() for s in args.bootstrap_servers.split(",") if s.strip()]
-    if not args.bootstrap_servers:
-        parser.error("--bootstrap-servers is empty")
+    _check_common(parser, args)
     if args.faults is not None:
         try:
             faults.check_late_by(args.late_by)
             faults.limit("max_clock_skew")
         except ValueError as error:
             parser.error(f"--late-by: {error}")
-    if args.dry_run and (args.truth or args.progress):
-        name = "--truth" if args.truth else "--progress"
-        parser.error(f"{name} is of acknowledged records; leave out --dry-run")
-    if args.truth and args.truth.exists():
-        parser.error(f"--truth: {args.truth} exists; name another file, or move it away")
-    return Options(**vars(args))
+    return ShopOptions(**vars(args))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # The client reports every reconnection attempt; causes are logged once, here.
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
-    options = parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    options: Options = parse_replay(argv[1:]) if argv[:1] == ["replay"] else parse_args(argv)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from pyspark.sql import functions as F  # noqa: N812
 
 from clickstream.catalogue import CATEGORIES, DEVICE_TYPES, EVENT_TYPES
+from clickstream.event import FIELDS
 from clickstream.settings import seconds
 
 if TYPE_CHECKING:
@@ -29,18 +30,6 @@ if TYPE_CHECKING:
 
 RULESET_VERSION = 1
 
-FIELDS = (
-    "event_id",
-    "user_id",
-    "product_id",
-    "event_type",
-    "timestamp",
-    "session_id",
-    "product_category",
-    "device_type",
-    "page_url",
-    "price",
-)
 PRICE_TYPE = "DECIMAL(12,2)"
 
 
