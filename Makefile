@@ -58,6 +58,10 @@ account: $(VENV) ## Account for every offset: classify what deduplication droppe
 recompute: $(VENV) ## Compute Gold again, report and repair what differs: ARGS="--from 2025-11-29T00:00Z --to 2025-11-30T00:00Z"
 	@$(PLATFORM) run pipeline -- sudo -u pipeline clickstream recompute $(ARGS)
 
+.PHONY: alerts
+alerts: $(VENV) ## Products with high interest and low conversion, from the minutes that became final since the last run
+	@$(PLATFORM) run pipeline -- sudo -u pipeline clickstream alerts $(ARGS)
+
 .PHONY: latency
 latency: $(VENV) ## Seconds from an event's timestamp to its count in the mart, over a minute
 	@$(PLATFORM) run pipeline -- sudo -u pipeline clickstream latency $(ARGS)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from conftest import CASES, NOW, Silver, Topic, batches, event, full_disk
 
-from clickstream import account, bronze, silver
+from clickstream import account, bronze, lake, silver
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

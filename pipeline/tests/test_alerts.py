@@ -36,13 +36,13 @@ def marts(postgres: str) -> Iterator[MartWriter]:
 
 def write(spark: SparkSession, settings: Settings, minutes: list[tuple[datetime, str, int, int, int]]) -> None:
     """Final minutes of the funnel, not in order."""
-    FUNNEL_1M.ensure(spark, settings)
+    FUNNEL_1M.table.ensure(spark, settings)
     rows = [
         (at, at + timedelta(minutes=1), name, "Home", *counts, Decimal(0), 1, 1, at, at.date())
         for at, name, *counts in reversed(minutes)
     ]
-    spark.createDataFrame(rows, FUNNEL_1M.schema).coalesce(1).write.format("delta").mode("append").save(
-        settings.table(FUNNEL_1M.name)
+    spark.createDataFrame(rows, FUNNEL_1M.table.schema).coalesce(1).write.format("delta").mode("append").save(
+        settings.table(FUNNEL_1M.table.name)
     )
 
 

@@ -2,15 +2,15 @@
 
 The episodes are written first and the detector's state last. A run that stops in between is done again by the next one
 from the same state, and the fold of the same minutes gives the same episodes, which are merged by key. Runs must not
-overlap: the scheduler holds them to one at a time. A minute that the batch layer corrects after it was folded changes
-no episode; `rebuild` folds the whole funnel anew.
+overlap: a run takes a lock in the lake. A minute that the batch layer corrects after it was folded changes no episode;
+`rebuild` folds the whole funnel anew.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from itertools import groupby
 from operator import itemgetter
@@ -21,7 +21,7 @@ from pyspark.sql import functions as F  # noqa: N812
 
 from clickstream.detector import Detector, Episode, ParameterError, Parameters
 from clickstream.gold import FUNNEL_1M, utc
-from clickstream.lake import Table, retry_conflicts
+from clickstream.lake import Table, locked, retry_conflicts
 from clickstream.marts import Mart, MartWriter
 from clickstream.session import spark_session
 from clickstream.settings import PREFIX
@@ -165,12 +165,12 @@ def update(
 
     With `rebuild` it folds all minutes; what it then finds replaces the episodes in Delta, and in Postgres is added.
     """
-    for table in (FUNNEL_1M, *TABLES):
+    for table in (FUNNEL_1M.table, *TABLES):
         table.ensure(spark, settings)
     saved = None if rebuild else STATE.read(spark, settings).first()
     before = json.loads(saved["state"]) if saved else None
     following = Detector(limits, before).next
-    funnel = FUNNEL_1M.read(spark, settings)
+    funnel = FUNNEL_1M.table.read(spark, settings)
     if following is not None:
         funnel = funnel.where(
             (F.col("event_date") >= F.lit(following.date())) & (F.col("window_start") >= F.lit(following))
@@ -197,14 +197,16 @@ def update(
 
 
 def run(settings: Settings, *, rebuild: bool = False) -> list[dict[str, Any]]:
-    """The job; ParameterError before Spark starts when a parameter is wrong."""
+    """The job; ParameterError before Spark starts when a parameter is wrong, JobError when another run is there."""
     limits = parameters()
-    spark = spark_session(settings, "clickstream-alerts")
+    # One core and so one executor: the streams beside it need theirs more.
+    spark = spark_session(replace(settings, spark_cores_max=1), "clickstream-alerts")
     try:
-        marts = None
-        if settings.marts_dsn:
-            marts = MartWriter(settings.marts_dsn, application_name="clickstream-alerts")
-            marts.ensure(ALERTS_MART)
-        return [asdict(episode) for episode in update(spark, settings, marts, limits, rebuild=rebuild)]
+        with locked(spark, settings, "alerts"):
+            marts = None
+            if settings.marts_dsn:
+                marts = MartWriter(settings.marts_dsn, application_name="clickstream-alerts")
+                marts.ensure(ALERTS_MART)
+            return [asdict(episode) for episode in update(spark, settings, marts, limits, rebuild=rebuild)]
     finally:
         spark.stop()

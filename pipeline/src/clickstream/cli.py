@@ -121,6 +121,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     recompute.add_argument("--dry-run", action="store_true", help="report the differences and change nothing")
     recompute.add_argument("--json", action="store_true", help="print the report as JSON")
+    alerts = commands.add_parser(
+        "alerts",
+        parents=[common],
+        help="find products with high interest and low conversion",
+        description="Folds the funnel's minutes that became final since the last run, and prints the episodes of "
+        "gold.product_alerts that are open or were closed in them. CLICKSTREAM_ALERT_* set the detector's parameters.",
+    )
+    alerts.add_argument("--rebuild", action="store_true", help="fold the whole funnel anew, after it was corrected")
+    alerts.add_argument("--json", action="store_true", help="print the result as JSON")
     show = commands.add_parser(
         "show",
         parents=[common],
@@ -140,9 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _print_table(rows: Sequence[dict[str, Any]]) -> None:
+def _print_table(rows: Sequence[dict[str, Any]], otherwise: str = "no rows yet") -> None:
     if not rows:
-        print("no rows yet")
+        print(otherwise)
         return
     header = list(rows[0])
     cells = [header, *[[str(row[name]) for name in header] for row in rows]]
@@ -236,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from clickstream import streams
 
         return streams.run(settings, args.queries)
+    from clickstream.detector import ParameterError
     from clickstream.lake import JobError
 
     try:
@@ -248,9 +258,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             span = recompute.Span(args.start, args.end)
             return _print_recomputed(recompute.run(settings, span, args.tables, dry_run=args.dry_run), args.json)
-    except JobError as error:
+        if args.command == "alerts":
+            from clickstream import alerts
+
+            episodes = alerts.run(settings, rebuild=args.rebuild)
+            if args.json:
+                print(json.dumps(episodes, default=str))
+            else:
+                _print_table(episodes, "no product stands out")
+            return 0
+    except (JobError, ParameterError) as error:
         print(f"clickstream: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ParameterError) else 1
     from clickstream import compact
 
     results = compact.run(settings, args.vacuum)

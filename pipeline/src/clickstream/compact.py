@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from delta.tables import DeltaTable
 
-from clickstream import account, bronze, gold, sessions, silver
+from clickstream import account, alerts, bronze, gold, sessions, silver
 from clickstream.lake import retry_conflicts
 from clickstream.session import spark_session
 from clickstream.settings import size_bytes
@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("clickstream")
 
-TABLES: tuple[Table, ...] = (*bronze.TABLES, *silver.TABLES, account.LEDGER, *gold.TABLES, sessions.TABLE)
+TABLES: tuple[Table, ...] = (
+    *bronze.TABLES,
+    *silver.TABLES,
+    account.LEDGER,
+    *gold.TABLES,
+    *alerts.TABLES,
+    sessions.TABLE,
+)
 
 
 @dataclass(frozen=True)
