@@ -324,7 +324,7 @@ def test_episodes_of_a_product_follow_each_other(minutes: list[dict[str, tuple[i
 SHOPS = 200
 RATE = 5
 TARGET = 0.99
-# Of the events that are not the star's; test_shop.py checks the shop's mix.
+# About the mix of the shop's events that are not the star's.
 ORDINARY_WEIGHTS = (70, 20, 10)
 KINDS = {kind: place for place, kind in enumerate(catalogue.EVENT_TYPES)}
 

@@ -222,6 +222,18 @@ def test_a_dag_runs_green_on_the_cluster(platform: Platform) -> None:
         assert "clickstream-compact" in {application["name"] for application in json.load(answer)}
 
 
+def test_the_high_interest_product_is_found(platform: Platform) -> None:
+    def episodes() -> list[dict[str, Any]]:
+        return list(json.loads(platform.run("sudo clickstream alerts --json 2>/dev/null")))
+
+    found = wait_until(episodes, 300, "an episode opens")
+    assert [(episode["product_id"], episode["closed_at"]) for episode in found] == [("prod_0042", None)]
+    again = episodes()
+    assert [episode["opened_at"] for episode in again] == [found[0]["opened_at"]], "an open episode was opened again"
+    mart = platform.mart("SELECT product_id, views, purchases, closed_at FROM gold.product_alerts")
+    assert mart == [("prod_0042", found[0]["views"], found[0]["purchases"], None)]
+
+
 SERVICES = (
     "zookeeper",
     "kafka",
