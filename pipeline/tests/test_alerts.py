@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -52,7 +53,7 @@ def test_runs_in_any_pieces_and_again_give_the_golden_episodes(
     names = ", ".join(golden_episodes()[0])
 
     def update(**options: Any) -> None:
-        alerts.update(spark, settings, marts, golden_parameters(), **options)
+        alerts.update(spark, settings, marts, options.pop("limits", golden_parameters()), **options)
 
     def delta() -> list[dict[str, str]]:
         rows = alerts.ALERTS.read(spark, settings).orderBy("opened_at").select(names.split(", ")).collect()
@@ -84,6 +85,9 @@ def test_runs_in_any_pieces_and_again_give_the_golden_episodes(
     update()
     update(rebuild=True)
     assert delta() == mart() == golden_episodes()
+    # What a rebuild does not find again goes away.
+    update(limits=replace(golden_parameters(), min_views=10**6), rebuild=True)
+    assert delta() == mart() == []
 
 
 def test_the_environment_sets_every_parameter() -> None:

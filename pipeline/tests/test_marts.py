@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from clickstream import gold, marts
-from clickstream.marts import Difference, MartWriter
+from clickstream.marts import Difference, MartWriter, Part
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,7 +72,7 @@ def test_a_range_is_compared_and_replaced(writer: MartWriter, postgres: str) -> 
     computed = [(*figures, True) for *figures, _ in computed]
 
     def reconcile(*, swap: bool) -> Difference:
-        (found,) = writer.reconcile([(MART, lambda: computed)], NOON, after, swap=swap)
+        (found,) = writer.reconcile([Part(MART, lambda: computed, NOON, after)], swap=swap)
         return found
 
     found = reconcile(swap=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -92,6 +93,38 @@ def test_late_events_and_damage_are_found_named_and_repaired(spark: SparkSession
     shop.run()
     assert shop.mart() == served
     shop.check()
+
+
+def test_a_late_event_joins_visits_across_the_ends_of_a_range(
+    spark: SparkSession, settings: Settings, dsn: str
+) -> None:
+    shop = Gold(spark, settings, dsn)
+
+    def visits(start: int) -> list[tuple[str, int]]:
+        span = Span(NOON + start * HOUR, NOON + (start + 1) * HOUR)
+        recompute.recompute(spark, shop.settings, span, ["gold.sessions"])
+        rows = sessions.TABLE.read(spark, settings).orderBy("session_start").collect()
+        return [(f"{row['session_start']:%H:%M}", row["events"]) for row in rows]
+
+    shop.append(at(1, "12:50:00"), at(2, "13:25:00"), at(9, "16:00:00", user_id="user_0002"))
+    visits(0)
+    assert visits(1) == [("12:50", 1), ("13:25", 1)]
+    shop.append(at(3, "13:05:00"))
+    assert visits(1) == [("12:50", 3)]
+    shop.append(at(4, "12:25:00"), at(5, "13:50:00"))
+    assert visits(0) == [("12:25", 5)]
+
+
+def test_the_watermark_of_silvers_last_batch_bounds_what_is_final(
+    spark: SparkSession, settings: Settings, dsn: str
+) -> None:
+    Gold(spark, settings, dsn).append(at(1, "12:00:00"), at(2, "14:30:00"))
+    assert recompute.horizon(spark, settings) == NOON + timedelta(hours=2, minutes=20)
+    root = Path(settings.checkpoint("silver").removeprefix("file://"))
+    for folder, text in (("commits", "v1\n{}"), ("offsets", 'v1\n{"batchWatermarkMs":1764420000000}\n{"t":{"0":1}}')):
+        (root / folder).mkdir(parents=True)
+        (root / folder / "7").write_text(text)
+    assert recompute.horizon(spark, settings) == datetime(2025, 11, 29, 12, 40, tzinfo=UTC)
 
 
 def test_a_visit_is_the_same_in_whatever_range(spark: SparkSession, settings: Settings) -> None:

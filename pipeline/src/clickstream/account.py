@@ -20,6 +20,7 @@ import logging
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from pyspark.sql import Window
@@ -85,8 +86,8 @@ class Report:
     unexplained: list[tuple[str, int, int]]
 
 
-def committed(spark: SparkSession, settings: Settings, query: str) -> Ends:
-    """Up to which offset (exclusive) a stream that reads Kafka has committed, from its checkpoint; empty before.
+def _last_batch(spark: SparkSession, settings: Settings, query: str) -> list[str]:
+    """What the checkpoint says of the last committed batch, by line; empty before the first.
 
     Of https://github.com/apache/spark: a batch N is committed when commits/N exists; offsets/N holds a version
     line, a line of metadata, and a line of JSON for each source.
@@ -97,17 +98,29 @@ def committed(spark: SparkSession, settings: Settings, query: str) -> Ends:
     fs = root.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
     commits = jvm.org.apache.hadoop.fs.Path(root, "commits")
     if not fs.exists(commits):
-        return {}
+        return []
     batches = [int(name) for status in fs.listStatus(commits) if (name := status.getPath().getName()).isdigit()]
     if not batches:
-        return {}
+        return []
     stream = fs.open(jvm.org.apache.hadoop.fs.Path(root, f"offsets/{max(batches)}"))
     try:
         text = jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8")
     finally:
         stream.close()
-    ends = json.loads(text.strip().splitlines()[-1])
+    return list(text.strip().splitlines())
+
+
+def committed(spark: SparkSession, settings: Settings, query: str) -> Ends:
+    """Up to which offset (exclusive) a stream that reads Kafka has committed, from its checkpoint; empty before."""
+    lines = _last_batch(spark, settings, query)
+    ends = json.loads(lines[-1]) if lines else {}
     return {(topic, int(p)): int(end) for topic, found in ends.items() for p, end in found.items()}
+
+
+def watermark(spark: SparkSession, settings: Settings, query: str) -> datetime | None:
+    """The watermark by which a stream's last committed batch dropped late rows; None before the first batch."""
+    lines = _last_batch(spark, settings, query)
+    return datetime.fromtimestamp(json.loads(lines[1])["batchWatermarkMs"] / 1000, UTC) if lines else None
 
 
 def closed(spark: SparkSession, settings: Settings) -> Ends:

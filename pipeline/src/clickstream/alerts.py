@@ -2,8 +2,8 @@
 
 The episodes are written first and the detector's state last. A run that stops in between is done again by the next one
 from the same state, and the fold of the same minutes gives the same episodes, which are merged by key. Runs must not
-overlap: a run takes a lock in the lake. A minute that the batch layer corrects after it was folded changes no episode;
-`rebuild` folds the whole funnel anew.
+overlap: a run takes a lock in the lake. A minute that the batch layer corrects, or publishes before the stream does,
+after a later one was folded changes no episode; `rebuild` folds the whole funnel anew.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, fields, replace
-from datetime import timedelta
 from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from pyspark.sql import functions as F  # noqa: N812
 from clickstream.detector import Detector, Episode, ParameterError, Parameters
 from clickstream.gold import FUNNEL_1M, utc
 from clickstream.lake import Table, locked, retry_conflicts
-from clickstream.marts import Mart, MartWriter
+from clickstream.marts import EVER, Mart, MartWriter, Part
 from clickstream.session import spark_session
 from clickstream.settings import PREFIX
 
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 ALERTS = Table(
     "gold.product_alerts",
     """
-    window_start TIMESTAMP, product_id STRING, opened_at TIMESTAMP, closed_at TIMESTAMP,
+    opened_at TIMESTAMP, product_id STRING, closed_at TIMESTAMP,
     views BIGINT, carts BIGINT, purchases BIGINT, interest_ratio DOUBLE, interest_z DOUBLE,
     conversion_upper DOUBLE, catalogue_rate DOUBLE, opened_date DATE
     """,
@@ -48,10 +47,8 @@ STATE = Table("gold.product_alerts_state", "state STRING, job STRING", partition
 TABLES = (ALERTS, STATE)
 
 _FIGURES = (
-    # The evidence is of the time from here to opened_at.
-    "window_start",
-    "product_id",
     "opened_at",
+    "product_id",
     "closed_at",
     "views",
     "carts",
@@ -61,7 +58,7 @@ _FIGURES = (
     "conversion_upper",
     "catalogue_rate",
 )
-_KEY = ("window_start", "product_id")
+_KEY = ("opened_at", "product_id")
 ALERTS_MART = Mart(
     schema="gold",
     name="product_alerts",
@@ -69,9 +66,8 @@ ALERTS_MART = Mart(
     key=_KEY,
     ddl=(
         """CREATE TABLE IF NOT EXISTS {table} (
-            window_start     timestamptz      NOT NULL,
-            product_id       text             NOT NULL,
             opened_at        timestamptz      NOT NULL,
+            product_id       text             NOT NULL,
             closed_at        timestamptz,
             views            bigint           NOT NULL,
             carts            bigint           NOT NULL,
@@ -81,11 +77,12 @@ ALERTS_MART = Mart(
             conversion_upper double precision NOT NULL,
             catalogue_rate   double precision NOT NULL,
             updated_at       timestamptz      NOT NULL DEFAULT clock_timestamp(),
-            PRIMARY KEY (window_start, product_id)
+            PRIMARY KEY (opened_at, product_id)
         )""",
         "CREATE INDEX IF NOT EXISTS product_alerts_open ON {table} (opened_at) WHERE closed_at IS NULL",
         "CREATE INDEX IF NOT EXISTS product_alerts_product ON {table} (product_id, opened_at)",
     ),
+    time="opened_at",
 )
 
 Minute = tuple["datetime", str, int, int, int]
@@ -126,19 +123,18 @@ def episodes(
     return detector.episodes, detector.state
 
 
-def _row(episode: Episode, window: timedelta) -> tuple[Any, ...]:
-    values = asdict(episode) | {"window_start": episode.opened_at - window}
-    return tuple(values[name] for name in _FIGURES)
-
-
-def _merge(spark: SparkSession, settings: Settings, rows: list[tuple[Any, ...]]) -> None:
+def _store(spark: SparkSession, settings: Settings, rows: list[tuple[Any, ...]], *, rebuild: bool) -> None:
+    new = spark.createDataFrame([(*row, row[0].date()) for row in rows], ALERTS.schema).coalesce(1)
+    path = settings.table(ALERTS.name)
+    if rebuild:
+        retry_conflicts(lambda: new.write.format("delta").mode("overwrite").save(path))
+        return
     if not rows:
         return
-    new = spark.createDataFrame([(*row, row[2].date()) for row in rows], ALERTS.schema).coalesce(1)
     same = " AND ".join(f"old.{name} = new.{name}" for name in (*_KEY, "opened_date"))
     retry_conflicts(
         lambda: (
-            DeltaTable.forPath(spark, settings.table(ALERTS.name))
+            DeltaTable.forPath(spark, path)
             .alias("old")
             .merge(new.alias("new"), same)
             .whenMatchedUpdateAll("old.closed_at IS NULL AND new.closed_at IS NOT NULL")
@@ -163,7 +159,7 @@ def update(
 ) -> list[Episode]:
     """Folds the minutes that became final since the last run; the episodes that are open or were closed in them.
 
-    With `rebuild` it folds all minutes; what it then finds replaces the episodes in Delta, and in Postgres is added.
+    With `rebuild` it folds all minutes, and what it then finds replaces all episodes.
     """
     for table in (FUNNEL_1M.table, *TABLES):
         table.ensure(spark, settings)
@@ -185,13 +181,14 @@ def update(
     found, state = episodes(minutes, limits, before)
     if state == before:
         return found
-    rows = [_row(episode, timedelta(minutes=limits.window_minutes)) for episode in found]
-    if rebuild:
-        DeltaTable.forPath(spark, settings.table(ALERTS.name)).delete()
-    _merge(spark, settings, rows)
+    rows = [tuple(asdict(episode)[name] for name in _FIGURES) for episode in found]
+    _store(spark, settings, rows, rebuild=rebuild)
     if marts is not None:
-        # No window is replaced, only keys: an episode never goes away.
-        marts.replace_windows(ALERTS_MART, [], rows)
+        if rebuild:
+            marts.reconcile([Part(ALERTS_MART, lambda: rows, *EVER)], swap=True)
+        else:
+            # No window is replaced, only keys: an episode never goes away.
+            marts.replace_windows(ALERTS_MART, [], rows)
     _save(spark, settings, state)
     return found
 

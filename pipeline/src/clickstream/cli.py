@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
 import sys
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -248,6 +249,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from clickstream.detector import ParameterError
     from clickstream.lake import JobError
 
+    # As an exception, so that a job that is stopped gives its locks back.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         if args.command == "account":
             from clickstream import account

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
@@ -12,7 +13,6 @@ from psycopg import sql
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from datetime import datetime
 
 log = logging.getLogger("clickstream")
 
@@ -39,6 +39,20 @@ class Mart:
     @property
     def table(self) -> sql.Identifier:
         return sql.Identifier(self.schema, self.name)
+
+
+# Every time that PostgreSQL and Python can both tell.
+EVER = (datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A mart and what its rows shall be from `start` to before `end`; the rows are asked for at each try."""
+
+    mart: Mart
+    rows: Callable[[], Iterable[Sequence[Any]]]
+    start: datetime
+    end: datetime
 
 
 @dataclass(frozen=True)
@@ -123,27 +137,19 @@ class MartWriter:
 
         self._transact(work)
 
-    def reconcile(
-        self,
-        parts: Sequence[tuple[Mart, Callable[[], Iterable[Sequence[Any]]]]],
-        start: datetime,
-        end: datetime,
-        *,
-        swap: bool,
-    ) -> list[Difference]:
-        """How each mart differs from these rows from `start` to before `end`; with `swap` it then holds exactly them.
+    def reconcile(self, parts: Sequence[Part], *, swap: bool) -> list[Difference]:
+        """How each mart differs from its part's rows; with `swap` it then holds exactly them.
 
-        All in one transaction. The rows are asked for again when it has to be repeated. A row that only was not final
-        is no difference.
+        All in one transaction. A row that only was not final is no difference.
         """
 
         def work(connection: psycopg.Connection[Any]) -> list[Difference]:
             found = []
-            for mart, rows in parts:
-                _load(connection, mart, rows())
-                found.append(_differences(connection, mart, start, end))
+            for part in parts:
+                _load(connection, part.mart, part.rows())
+                found.append(_differences(connection, part.mart, part.start, part.end))
                 if swap:
-                    _swap(connection, mart, sql.SQL("{time} >= %s AND {time} < %s"), (start, end))
+                    _swap(connection, part.mart, sql.SQL("{time} >= %s AND {time} < %s"), (part.start, part.end))
                 connection.execute("DROP TABLE incoming")
             return found
 

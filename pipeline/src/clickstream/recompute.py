@@ -25,7 +25,7 @@ from pyspark.sql import functions as F  # noqa: N812
 
 from clickstream import account, gold, sessions, silver
 from clickstream.lake import JobError, Table, locked
-from clickstream.marts import NAMED, Difference, Mart, MartWriter
+from clickstream.marts import NAMED, Difference, Mart, MartWriter, Part
 from clickstream.session import spark_session
 from clickstream.settings import seconds
 
@@ -54,12 +54,18 @@ class Target:
     """A Gold table: where it is served, and what its rows are for a span.
 
     `rows` is given silver.events, the span, and the horizon before which nothing changes any more; its columns are the
-    table's without the date.
+    table's without the date. `before` and `after` are how far from a span rows begin that its events can change.
     """
 
     table: Table
     mart: Mart
     rows: Callable[[DataFrame, Span, datetime], DataFrame]
+    before: timedelta = timedelta(0)
+    after: timedelta = timedelta(0)
+
+    def reach(self, span: Span) -> Span:
+        """Where all rows begin that the span's events can change."""
+        return Span(span.start - self.before, span.end + self.after)
 
     def within(self, rows: DataFrame, span: Span) -> DataFrame:
         return rows.where(self.where(span))
@@ -89,7 +95,17 @@ def _sessions(events: DataFrame, span: Span, horizon: datetime) -> DataFrame:
 
 TARGETS = {
     target.table.name: target
-    for target in (*map(_windowed, gold.WINDOWED), Target(sessions.TABLE, sessions.MART, _sessions))
+    for target in (
+        *map(_windowed, gold.WINDOWED),
+        Target(
+            # An event can lengthen a visit that began LONGEST before it, and join one that begins within the GAP.
+            sessions.TABLE,
+            sessions.MART,
+            _sessions,
+            before=sessions.LONGEST,
+            after=sessions.GAP,
+        ),
+    )
 }
 
 
@@ -133,14 +149,20 @@ class Report:
 
 
 def horizon(spark: SparkSession, settings: Settings) -> datetime:
-    """The streams add nothing to windows that end before this: a watermark behind the newest event."""
+    """The streams add nothing to windows that end before this.
+
+    A watermark behind the newest event, and not beyond the watermark that Silver's stream had in its last batch: the
+    next one still lets events pass by that one (SPARK-40925).
+    """
     events = silver.EVENTS.read(spark, settings)
     day = events.agg(F.max("event_date").alias("day")).first()
     if day is None or day["day"] is None:
         raise JobError(f"silver.events has no events in {settings.lake_uri}; is it the lake?")
     newest = events.where(F.col("event_date") == F.lit(day["day"])).agg(F.max("event_time").alias("newest")).first()
     assert newest is not None
-    return gold.utc(newest["newest"]) - timedelta(seconds=seconds(settings.watermark))
+    behind = gold.utc(newest["newest"]) - timedelta(seconds=seconds(settings.watermark))
+    reached = account.watermark(spark, settings, silver.QUERY)
+    return behind if reached is None else min(behind, reached)
 
 
 def final(span: Span, horizon: datetime) -> Span:
@@ -203,14 +225,15 @@ def recompute(
         shadows: list[tuple[Target, DataFrame, int]] = []
         for target in targets:
             began = time.monotonic()
-            shadow = target.rows(events, span, until).persist()
+            scope = target.reach(span)
+            shadow = target.rows(events, scope, until).persist()
             stack.callback(shadow.unpersist)
             shadows.append((target, shadow, shadow.count()))
-            served = target.within(target.table.read(spark, settings), span)
+            served = target.within(target.table.read(spark, settings), scope)
             found = compare(served, shadow, target.mart.key)
             if found.any and not dry_run:
                 dated = shadow.withColumn("event_date", F.to_date(target.mart.time)).repartition("event_date")
-                target.table.replace(dated, settings, target.where(span))
+                target.table.replace(dated, settings, target.where(scope))
             lines.append(Line.of(target, "delta", shadows[-1][2], found))
             log.info("%s: %d rows in %.1f s", target.table.name, shadows[-1][2], time.monotonic() - began)
         if settings.marts_dsn:
@@ -219,9 +242,11 @@ def recompute(
             for target in targets:
                 marts.ensure(target.mart)
             in_marts = marts.reconcile(
-                [(target.mart, _reader(target, shadow)) for target, shadow, _ in shadows],
-                span.start,
-                span.end,
+                [
+                    Part(target.mart, _reader(target, shadow), scope.start, scope.end)
+                    for target, shadow, _ in shadows
+                    for scope in [target.reach(span)]
+                ],
                 swap=not dry_run,
             )
             for (target, _, rows), found in zip(shadows, in_marts, strict=True):

@@ -27,6 +27,8 @@ QUERIES = (bronze.QUERY, silver.QUERY, *gold.QUERIES)
 GROUP_PREFIX = "ecom-"
 # How long a stop waits for the batches that run.
 STOP_SECONDS = 15.0
+# How much longer systemd is asked to wait, again and again, while a first batch runs.
+EXTENSION_SECONDS = 60
 
 
 class BatchError(RuntimeError):
@@ -127,12 +129,18 @@ def _stop(queries: Sequence[StreamingQuery]) -> None:
 def _watch(queries: Sequence[StreamingQuery], ready: set[str], stop: threading.Event) -> int:
     watchdog = sdnotify.Watchdog()
     told = False
+    extended = 0.0
     while not stop.wait(0.5):
         for query in queries:
             if not query.isActive:
                 error = query.exception()
                 log.error("query %s ended: %s", query.name, error or "without an error")
                 return 1
+        if not told and time.monotonic() >= extended:
+            # A first batch may be over all of history, when a query is new to a lake that is not: no reason to stop
+            # the others for it.
+            extended = time.monotonic() + EXTENSION_SECONDS / 2
+            sdnotify.notify(f"EXTEND_TIMEOUT_USEC={EXTENSION_SECONDS * 1_000_000}")
         if not told and ready.issuperset(query.name for query in queries):
             told = True
             sdnotify.notify(f"READY=1\nSTATUS=running {', '.join(query.name for query in queries)}")
