@@ -32,12 +32,25 @@ def dry_run(capfdbinary: pytest.CaptureFixture[bytes], *argv: str) -> list[dict[
     return [json.loads(line) for line in capfdbinary.readouterr().out.splitlines()]
 
 
+def csv_file(folder: Path, *timestamps: object) -> Path:
+    """A view of one visitor at each of these times."""
+    path = folder / "events.csv"
+    path.write_text("timestamp,visitorid,event,itemid,transactionid\n" + "".join(f"{t},1,view,2,\n" for t in timestamps))
+    return path
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_a_data_set_is_mapped(name: str, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     case = CASES / f"replay_{name}"
     found = dry_run(capfdbinary, str(case / "events.csv"), "--format", name, "--keep-timestamps")
     assert found == [json.loads(line) for line in (case / "expected.jsonl").read_text().splitlines()]
     assert all(tuple(event) == FIELDS for event in found)
+
+
+@pytest.mark.parametrize(("pause", "sessions"), [(1_799_999, 1), (1_800_000, 2)])
+def test_a_visit_has_ended_after_half_an_hour(pause: int, sessions: int, tmp_path: Path) -> None:
+    path = csv_file(tmp_path, 1_433_221_332_117, 1_433_221_332_117 + pause)
+    assert len({event["session_id"] for _, event in Replay(path, "retailrocket").events()}) == sessions
 
 
 def test_what_is_left_out_is_named(caplog: pytest.LogCaptureFixture, capfdbinary: pytest.CaptureFixture[bytes]) -> None:

@@ -132,7 +132,7 @@ class Replay:
         # A row's number is its place in the file, with the header or without.
         self._first_id = _digest(f"{form} {path.name}") % 10**8 * 10**11 if first_id is None else first_id
         self._state = state
-        self._visits: dict[str, tuple[float, float]] = {}
+        self._visits: dict[str, tuple[int, float]] = {}
         self._open: dict[int, tuple[int, Event]] = {}
         self._row = self._resumed = self._position()
         self._saved = time.monotonic()
@@ -187,14 +187,15 @@ class Replay:
             return moment.timestamp(), event
         event_id = f"evt_{number:08d}"
         if self._format == "retailrocket":
-            moment_, visitor, product = int(row["timestamp"]) / 1000, row["visitorid"], row["itemid"]
+            millis, visitor, product = int(row["timestamp"]), row["visitorid"], row["itemid"]
+            moment_ = millis / 1000
             kind = _type(row["event"])
             category = _pick(tuple(catalogue.CATEGORIES), product)
-            last, start = self._visits.get(visitor, (moment_, moment_))
-            if abs(moment_ - last) > SESSION_GAP_SECONDS:
+            last, start = self._visits.get(visitor, (millis, moment_))
+            if abs(millis - last) >= SESSION_GAP_SECONDS * 1000:
                 start = moment_
             event = _event(event_id, moment_, visitor, kind, product, category, "", _digest(f"{visitor} {start}"))
-            self._visits[visitor] = (moment_, start)
+            self._visits[visitor] = (millis, start)
             return moment_, event
         kind = _type(row["event_type"])
         moment_ = datetime.strptime(row["event_time"], "%Y-%m-%d %H:%M:%S %Z").replace(tzinfo=UTC).timestamp()
