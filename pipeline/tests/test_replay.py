@@ -35,7 +35,9 @@ def dry_run(capfdbinary: pytest.CaptureFixture[bytes], *argv: str) -> list[dict[
 def csv_file(folder: Path, *timestamps: object) -> Path:
     """A view of one visitor at each of these times."""
     path = folder / "events.csv"
-    path.write_text("timestamp,visitorid,event,itemid,transactionid\n" + "".join(f"{t},1,view,2,\n" for t in timestamps))
+    path.write_text(
+        "timestamp,visitorid,event,itemid,transactionid\n" + "".join(f"{t},1,view,2,\n" for t in timestamps)
+    )
     return path
 
 
@@ -106,13 +108,13 @@ def test_the_position_stays_before_what_is_not_acknowledged(recorded: Path, tmp_
         if len(sent) == 10:
             break
     for place in (0, 1, 2, 4, 5):
-        replay.acknowledged(sent[place])
+        replay.settled(sent[place])
     replay.save()
     assert rows(state) == 3  # the fourth is open
     again = Replay(recorded, "events", state=state)
     assert next(again.events())[1]["event_id"] == sent[3]["event_id"]
     for event in sent:
-        replay.acknowledged(event)
+        replay.settled(event)
     replay.save()
     assert rows(state) == 10
 

@@ -80,8 +80,8 @@ class Options(ABC):
         """Whether a new try is a new event, with the time of now."""
         return False
 
-    def acknowledged(self, record: Record) -> None:
-        """Told of every record that Kafka has; in the client's thread."""
+    def settled(self, record: Record) -> None:
+        """Told of every record that Kafka has or will never take; in the client's thread."""
         return
 
     def close(self) -> None:
@@ -138,8 +138,8 @@ class ReplayOptions(Options):
     def records(self, clock: Callable[[], float] = time.time) -> Iterator[Record]:
         return faults.plain(self.replay.current for _ in itertools.repeat(None))
 
-    def acknowledged(self, record: Record) -> None:
-        self.replay.acknowledged(record.event)
+    def settled(self, record: Record) -> None:
+        self.replay.settled(record.event)
 
     def close(self) -> None:
         if not self.dry_run:
@@ -150,8 +150,8 @@ class ReplayOptions(Options):
 
 def sent_line(event: Event, partition: int, offset: int) -> str:
     return (
-        f"Sent: {event['event_type']:<15} | User: {event['user_id']:<11} "
-        f"| Product: {event['product_id']:<11} | Partition: {partition} | Offset: {offset}"
+        f"Sent: {event['event_type']!s:<15} | User: {event['user_id']!s:<11} "
+        f"| Product: {event['product_id']!s:<11} | Partition: {partition} | Offset: {offset}"
     )
 
 
@@ -162,24 +162,53 @@ def fault_note(truth: Truth) -> str:
     return f" | Fault: {truth.kind}" + (f" ({truth.code})" if truth.code else "")
 
 
+class Console:
+    """Standard output, in whole lines from any thread, until nobody reads it: a run does not end with its reader."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open = True
+
+    def say(self, text: str) -> None:
+        with self._lock:
+            if not self._open:
+                return
+            try:
+                sys.stdout.write(text + "\n")
+                sys.stdout.flush()
+            except OSError as error:
+                self._open = False
+                mute()
+                if not isinstance(error, BrokenPipeError):
+                    log.warning("no more lines on standard output: %s", error)
+
+
+def mute() -> None:
+    """Gives up standard output, whose reader has left. What is still buffered must not fail again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Sender:
     """Sends records and keeps account of what the broker acknowledged and what it did not."""
 
-    def __init__(self, options: Options, stop: threading.Event) -> None:
+    def __init__(self, options: Options, stop: threading.Event, console: Console) -> None:
         self._options = options
         self._stop = stop
+        self._console = console
         self._changed = threading.Condition()
         self._pending = 0
         self._causes: Counter[str] = Counter()
+        self._refusals: Counter[str] = Counter()
         self._client: clients.Client | None = None
         self.truth: TruthFile | None = None
         self.sent = 0
         self.failed = 0
 
     def _complain(self, error: ClientError) -> None:
-        """Logs each cause once, until something is acknowledged again."""
-        self._causes[error.cause] += 1
-        if self._causes[error.cause] == 1:
+        """Logs each cause once, until something is acknowledged again; once and for all when it is a record's own."""
+        causes = self._refusals if error.refused else self._causes
+        causes[error.cause] += 1
+        if causes[error.cause] == 1:
             log.warning("%s: %s", error.cause, error)
 
     def connect(self) -> bool:
@@ -208,16 +237,17 @@ class Sender:
                 self.sent += 1
                 first = self.sent == 1
                 self._causes.clear()
-                self._options.acknowledged(record)
-                if self.truth:
-                    self.truth.write(self._options.topic, partition, offset, record.truth)
+            if not error or error.refused:
+                self._options.settled(record)
+            if not error and self.truth:
+                self.truth.write(self._options.topic, partition, offset, record.truth)
             self._changed.notify_all()
         if error:
             return
-        if not self._options.quiet:
-            print(sent_line(record.event, partition, offset) + fault_note(record.truth), flush=True)
         if first:
             sdnotify.notify("READY=1")
+        if not self._options.quiet:
+            self._console.say(sent_line(record.event, partition, offset) + fault_note(record.truth))
 
     def wait_for_room(self, watchdog: sdnotify.Watchdog) -> None:
         """Blocks while too much is unacknowledged: a broker that is away slows the shop, not fills memory."""
@@ -244,6 +274,9 @@ class Sender:
             try:
                 client.send(record.key, record.value, partial(self._done, record))
             except ClientError as error:
+                if error.refused:
+                    self._done(record, error, -1, -1)
+                    return True
                 with self._changed:
                     self._pending -= 1
                 self._complain(error)
@@ -285,7 +318,8 @@ def tell_progress(
 
 
 def run(options: Options, stop: threading.Event) -> int:
-    sender = Sender(options, stop)
+    console = Console()
+    sender = Sender(options, stop, console)
     watchdog = sdnotify.Watchdog()
     if not sender.connect():
         if stop.is_set():
@@ -303,9 +337,9 @@ def run(options: Options, stop: threading.Event) -> int:
             log.error("--truth: %s", error)
             sender.close()
             return 1
-    print(f"Kafka Producer connected to {options.bootstrap_servers}", flush=True)
-    print("\nStarting event production...", flush=True)
-    print("=" * 60, flush=True)
+    console.say(f"Kafka Producer connected to {options.bootstrap_servers}")
+    console.say("\nStarting event production...")
+    console.say("=" * 60)
 
     ended = threading.Event()
     if options.progress:
@@ -331,7 +365,7 @@ def run(options: Options, stop: threading.Event) -> int:
     sender.close()
     ended.set()
     options.close()
-    print(f"Producer closed. Total events sent: {sender.sent}", flush=True)
+    console.say(f"Producer closed. Total events sent: {sender.sent}")
     if sender.failed or not complete:
         log.error("%d events were not acknowledged", sender.failed)
     if truth and truth.error:
@@ -360,8 +394,7 @@ def dry_run(options: Options, stop: threading.Event) -> int:
                 out.flush()
         out.flush()
     except BrokenPipeError:
-        # The reader has what it wanted. What is still buffered must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        mute()  # the reader has what it wanted
     options.close()
     return 0
 

@@ -240,7 +240,7 @@ class Replay:
             if time.monotonic() - self._saved > SAVE_SECONDS:
                 self.save()
 
-    def acknowledged(self, event: Event) -> None:
+    def settled(self, event: Event) -> None:
         self._open.pop(id(event), None)
 
     def save(self) -> None:
