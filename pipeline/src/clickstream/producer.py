@@ -6,6 +6,7 @@ Bounded (the default: 5 events a second for 60 seconds) or endless (`--duration 
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
 import logging
 import math
@@ -14,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
@@ -26,8 +28,9 @@ import orjson
 from clickstream import catalogue, clients, faults, replay, sdnotify
 from clickstream.arrival import KINDS, Pacer, arrivals
 from clickstream.clients import ClientError
+from clickstream.event import iso_millis
 from clickstream.faults import Record, Truth, TruthFile
-from clickstream.replay import Replay
+from clickstream.replay import Replay, ReplayError
 from clickstream.shop import Shop
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ log = logging.getLogger("ecom-producer")
 # A bounded run gives up when this long passes without the broker accepting anything.
 GIVE_UP_SECONDS = 60.0
 PROGRESS_SECONDS = 5.0
+TOLD_WAIT_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +89,7 @@ class Options(ABC):
         return
 
     def close(self) -> None:
-        """After the last record, when all are acknowledged or have failed."""
+        """After the last record, when all are acknowledged or have failed; ReplayError when that cannot be kept."""
         return
 
 
@@ -129,11 +133,9 @@ class ShopOptions(Options):
 @dataclass(frozen=True, kw_only=True)
 class ReplayOptions(Options):
     replay: Replay
-    speed: float
-    keep_timestamps: bool
 
     def arrivals(self, at: Callable[[float], float]) -> Iterator[float]:
-        return self.replay.arrivals(at, self.speed, self.keep_timestamps)
+        return self.replay.arrivals(at)
 
     def records(self, clock: Callable[[], float] = time.time) -> Iterator[Record]:
         return faults.plain(self.replay.current for _ in itertools.repeat(None))
@@ -142,10 +144,9 @@ class ReplayOptions(Options):
         self.replay.settled(record.event)
 
     def close(self) -> None:
-        if not self.dry_run:
-            self.replay.save()
         for line in self.replay.report():
             log.warning(line)
+        self.replay.save()
 
 
 def sent_line(event: Event, partition: int, offset: int) -> str:
@@ -317,10 +318,41 @@ def tell_progress(
         before, then = sent, now
 
 
+def produce(options: Options, sender: Sender, stop: threading.Event) -> bool:
+    """Sends each record when it is due; False when a bounded run should end because no broker takes it."""
+    watchdog = sdnotify.Watchdog()
+    records = options.records()
+    pacer = Pacer()
+    next_status = 0.0
+    for due in options.arrivals(pacer.at):
+        delay = pacer.delay(due)
+        if delay > TOLD_WAIT_SECONDS:
+            log.warning("the next event is due in %.0f s, at %s", delay, iso_millis(pacer.at(due)))
+        if (delay and stop.wait(delay)) or stop.is_set():
+            break
+        sender.wait_for_room(watchdog)
+        if not sender.send(records):
+            return False
+        watchdog.ping()
+        if time.monotonic() >= next_status:
+            next_status = time.monotonic() + 5
+            sdnotify.notify(f"STATUS={sender.sent} events acknowledged, {sender.failed} failed")
+    return True
+
+
+def finish(options: Options) -> bool:
+    """Closes the source of the records; False when it could not keep what was done."""
+    try:
+        options.close()
+    except ReplayError as error:
+        log.error("%s", error)
+        return False
+    return True
+
+
 def run(options: Options, stop: threading.Event) -> int:
     console = Console()
     sender = Sender(options, stop, console)
-    watchdog = sdnotify.Watchdog()
     if not sender.connect():
         if stop.is_set():
             return 0
@@ -344,36 +376,26 @@ def run(options: Options, stop: threading.Event) -> int:
     ended = threading.Event()
     if options.progress:
         threading.Thread(target=tell_progress, args=(sender, options.total, ended), daemon=True).start()
-    records = options.records()
-    pacer = Pacer()
-    next_status = 0.0
-    complete = True
-    for due in options.arrivals(pacer.at):
-        delay = pacer.delay(due)
-        if (delay and stop.wait(delay)) or stop.is_set():
-            break
-        sender.wait_for_room(watchdog)
-        if not sender.send(records):
-            complete = False
-            break
-        watchdog.ping()
-        if time.monotonic() >= next_status:
-            next_status = time.monotonic() + 5
-            sdnotify.notify(f"STATUS={sender.sent} events acknowledged, {sender.failed} failed")
-
-    sdnotify.notify("STOPPING=1")
-    sender.close()
-    ended.set()
-    options.close()
+    complete = broken = False
+    try:
+        complete = produce(options, sender, stop)
+    except ReplayError as error:
+        broken = True
+        log.error("%s", error)
+    finally:
+        sdnotify.notify("STOPPING=1")
+        sender.close()
+        ended.set()
+        broken = not finish(options) or broken
     console.say(f"Producer closed. Total events sent: {sender.sent}")
-    if sender.failed or not complete:
+    if sender.failed or not (complete or broken):
         log.error("%d events were not acknowledged", sender.failed)
     if truth and truth.error:
         log.error("--truth is not complete: %s", truth.error)
         return 1
     if not options.bounded:
         return 0
-    return 1 if sender.failed or not complete else 0
+    return 0 if complete and not broken and not sender.failed else 1
 
 
 def dry_run(options: Options, stop: threading.Event) -> int:
@@ -395,8 +417,12 @@ def dry_run(options: Options, stop: threading.Event) -> int:
         out.flush()
     except BrokenPipeError:
         mute()  # the reader has what it wanted
-    options.close()
-    return 0
+    except ReplayError as error:
+        out.flush()
+        log.error("%s", error)
+        finish(options)
+        return 1
+    return 0 if finish(options) else 1
 
 
 def _positive(kind: type[int] | type[float]) -> Callable[[str], Any]:
@@ -455,15 +481,18 @@ def parse_replay(argv: Sequence[str]) -> ReplayOptions:
     parser = argparse.ArgumentParser(
         prog="ecom-producer replay",
         description="Sends the events of a file to Kafka: ours as JSON lines, or a public data set's CSV.",
-        epilog="The file's order is kept; a timestamp that goes backwards does not wait. Rows that cannot be mapped "
-        "are counted and the first ones named. Silver refuses events older than a week.",
+        epilog="The file's order is kept; a row before the latest one does not wait, and gets that one's time. Rows "
+        "that cannot be mapped, or that are alone a week ahead of the latest, are counted and the first ones named. "
+        "Silver refuses events older than a week.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("file", type=Path, help="may be compressed: .gz")
     parser.add_argument("--format", choices=replay.FORMATS, default="events")
     parser.add_argument("--speed", type=_duration, default=1.0, help="divides the gaps; 0 is as fast as possible")
     parser.add_argument(
-        "--keep-timestamps", action="store_true", help="leave the times as they are; else the first event is of now"
+        "--keep-timestamps",
+        action="store_true",
+        help="leave the times as they are; else the first event is of now, and each other one of when it is due",
     )
     parser.add_argument(
         "--first-id",
@@ -471,7 +500,11 @@ def parse_replay(argv: Sequence[str]) -> ReplayOptions:
         help="number of the first row's event_id, for the data sets; else by the file's name",
     )
     parser.add_argument(
-        "--resume", type=Path, metavar="STATE", help="a file that keeps what is acknowledged, to go on from there"
+        "--resume",
+        type=Path,
+        metavar="STATE",
+        help="a file that keeps the start and what is acknowledged, to go on from there: what is sent again has the "
+        "same bytes, and what is overdue is sent at once; with --speed 0 every event is of the start",
     )
     _common(parser)
     args = parser.parse_args(argv)
@@ -481,10 +514,16 @@ def parse_replay(argv: Sequence[str]) -> ReplayOptions:
     values = vars(args)
     try:
         source = Replay(
-            values.pop("file"), values.pop("format"), first_id=values.pop("first_id"), state=values.pop("resume")
+            values.pop("file"),
+            values.pop("format"),
+            first_id=values.pop("first_id"),
+            speed=values.pop("speed"),
+            keep_timestamps=values.pop("keep_timestamps"),
+            state=values.pop("resume"),
+            dry_run=args.dry_run,
         )
         source.check()
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, csv.Error, ReplayError) as error:
         parser.error(str(error))
     return ReplayOptions(replay=source, **values)
 
