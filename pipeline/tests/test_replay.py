@@ -271,12 +271,11 @@ def test_a_file_that_cannot_be_read_on_ends_the_run_and_keeps_the_account(
 
 def test_a_character_that_is_none_fails_the_row_where_it_is_used(tmp_path: Path) -> None:
     path = tmp_path / "events.csv"
-    path.write_bytes(
-        b"timestamp,visitorid,event,itemid,transactionid\n1,\xff,view,2,\n2,1,view,\xff,\n3,1,view,2,\xff\n"
-    )
-    replay = Replay(path, "retailrocket")
-    assert [event["timestamp"] for _, event in replay.events()] == ["1970-01-01T00:00:00.003Z"]
-    assert replay.unmapped == 2
+    header, row = (CASES / "replay_rees46" / "events.csv").read_bytes().splitlines(keepends=True)[:2]
+    path.write_bytes(header + row.replace(b"f1dd33", b"\xff") + row.replace(b"xiaomi", b"\xff"))
+    replay = Replay(path, "rees46")
+    assert len(list(replay.events())) == 1
+    assert [text.split(":")[1] for text in replay.named] == ["2"]
 
 
 @pytest.mark.usefixtures("taking")
