@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 from confluent_kafka import Consumer, Producer
+from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import MessageSizeTooLargeError
+from kafka.future import Future
 from kafka.partitioner.default import murmur2
 
 from clickstream import clients, producer
 from clickstream.clients import ClientError
 from clickstream.producer import parse_args
+from clickstream.shop import Shop
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +37,21 @@ def cluster() -> Iterator[str]:
     found = owner.list_topics(TOPIC, timeout=10)
     yield ",".join(f"{broker.host}:{broker.port}" for broker in found.brokers.values())
     del owner
+
+
+def stored_as_the_other_client_reads(cluster: str, count: int) -> list[bytes]:
+    # The mock cluster does not say which requests it knows as a broker does.
+    consumer = KafkaConsumer(
+        bootstrap_servers=cluster, api_version=(2, 1), auto_offset_reset="earliest", enable_auto_commit=False
+    )
+    consumer.assign([TopicPartition(TOPIC, number) for number in consumer.partitions_for_topic(TOPIC)])
+    found: list[bytes] = []
+    while len(found) < count:
+        messages = consumer.poll(20_000)
+        assert messages, f"{len(found)} of {count} records are there"
+        found += [message.value for batch in messages.values() for message in batch]
+    consumer.close()
+    return found
 
 
 def ignore(error: ClientError) -> None: ...
@@ -68,6 +90,8 @@ def test_a_run_sends_what_it_says(cluster: str, tmp_path: Path, capfd: pytest.Ca
         key, value = there[line["partition"], line["offset"]]
         event = json.loads(value)
         assert (event["event_id"], event["user_id"]) == (line["event_id"], key.decode())
+    # It has no codec here, as in the environment that is deployed.
+    assert sorted(stored_as_the_other_client_reads(cluster, 1000)) == sorted(value for _, value in there.values())
 
 
 def test_a_key_is_in_the_partition_the_other_client_would_choose(cluster: str) -> None:
@@ -89,6 +113,90 @@ def test_a_key_is_in_the_partition_the_other_client_would_choose(cluster: str) -
     assert not failures
     assert found == {key: (murmur2(key) & 0x7FFFFFFF) % partitions for key in keys}
     assert set(found.values()) == set(range(partitions))
+
+
+def test_an_exception_in_an_answer_is_told_and_the_next_one_comes(
+    cluster: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = clients.connect("confluent", [cluster], TOPIC, ignore)
+    answered = [threading.Event(), threading.Event()]
+    for event in answered:
+
+        def done(error: ClientError | None, partition: int, offset: int, event: threading.Event = event) -> None:
+            event.set()
+            raise ValueError("no such record")
+
+        client.send(b"user_0001", b"{}", done)
+        assert event.wait(20)
+    client.close(20)
+    assert [str(record.exc_info and record.exc_info[1]) for record in caplog.records] == ["no such record"] * 2
+
+
+def test_an_exception_in_an_answer_of_the_default_client_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    def done(error: ClientError | None, partition: int, offset: int) -> None:
+        raise ValueError("no such record")
+
+    class Ready:
+        def send(self, topic: str, **record: bytes) -> Future:
+            return Future().success(SimpleNamespace(partition=0, offset=0))
+
+    client = object.__new__(clients.KafkaPython)
+    client._topic, client._producer = TOPIC, Ready()
+    client.send(b"user_0001", b"{}", done)
+    assert [record.name for record in caplog.records] == ["ecom-producer"]  # the command silences kafka's own
+
+
+@pytest.mark.parametrize("flags", [[], ["--quiet"]])
+def test_a_run_outlives_the_reader_of_its_lines(cluster: str, flags: list[str], tmp_path: Path) -> None:
+    truth = tmp_path / "truth"
+    options = ["--client", "confluent", "--topic", TOPIC, "--bootstrap-servers", cluster, "--truth", str(truth)]
+    command = [sys.executable, "-m", "clickstream.producer", *options, "--rate", "500", "--duration", "1", *flags]
+    package = str(Path(producer.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": package}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        try:
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
+        assert process.stderr.read() == b""
+    assert len(truth.read_text().splitlines()) == 500
+
+
+def too_large_for_kafka_python(topic: str, **record: bytes) -> Future:
+    if len(record["value"]) > 1_000_000:
+        raise MessageSizeTooLargeError("too large")
+    return Future().success(SimpleNamespace(partition=0, offset=0))
+
+
+@pytest.mark.parametrize("name", clients.NAMES)
+def test_a_record_that_is_too_large_fails_alone(
+    name: str,
+    cluster: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(
+        clients,
+        "KafkaProducer",
+        lambda **_: SimpleNamespace(send=too_large_for_kafka_python, flush=lambda timeout: 0, close=lambda timeout: 0),
+    )
+    events = list(itertools.islice(Shop(seed=1), 9))
+    for place in (2, 5):
+        events[place]["page_url"] = "/" * 1_100_000
+    path, state = tmp_path / "events.jsonl", tmp_path / "state"
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    argv = [str(path), "--client", name, "--topic", TOPIC, "--bootstrap-servers", cluster, "--speed", "0"]
+    assert producer.run(producer.parse_replay([*argv, "--resume", str(state)]), threading.Event()) == 1
+    assert "Total events sent: 7" in capfd.readouterr().out
+    assert len(caplog.records) == 2
+    assert caplog.records[-1].getMessage() == "2 events were not acknowledged"
+    assert json.loads(state.read_text())["rows"] == 9
 
 
 def test_what_no_broker_took_is_answered_as_failed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,11 @@ def test_the_console_line_is_the_documents() -> None:
         sent_line(event, 2, 0)
         == "Sent: add_to_cart     | User: user_0456   | Product: prod_0033   | Partition: 2 | Offset: 0"
     )
+    event = {"event_type": None, "user_id": "user_0456", "product_id": 33}  # as a file may have it that is replayed
+    assert (
+        sent_line(event, 2, 0)
+        == "Sent: None            | User: user_0456   | Product: 33          | Partition: 2 | Offset: 0"
+    )
 
 
 def test_the_environment_names_the_broker_and_a_flag_wins(monkeypatch: pytest.MonkeyPatch) -> None:

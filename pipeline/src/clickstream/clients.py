@@ -1,7 +1,8 @@
 """The two Kafka clients behind one small interface, with the same promises.
 
 kafka-python is the default; confluent-kafka (librdkafka) is the fast path and is imported only when it is chosen. Both
-wait for all in-sync replicas, retry three times without duplicates, and put a key into the same partition.
+wait for all in-sync replicas, retry three times without duplicates, and put a key into the same partition. Neither
+compresses: every reader can read it, also one that lacks a codec, as kafka-python does without its extras.
 """
 
 from __future__ import annotations
@@ -22,12 +23,21 @@ if TYPE_CHECKING:
     # Called with what the client reports beside the records, such as brokers that are away.
     Complain = Callable[["ClientError"], None]
 
+log = logging.getLogger("ecom-producer")
+
 NAMES: Final = ("kafka-python", "confluent")
 RETRIES = 3
 RETRY_BACKOFF_MS = 500
 DELIVERY_TIMEOUT_MS = 120_000
 # Records wait this long for others to fill a batch, which makes many small requests few.
 LINGER_MS = 20
+# What the clients and the broker say of a record that no retry would make them take, by either client's name for it.
+REFUSALS: Final = frozenset(
+    {
+        *("MSG_SIZE_TOO_LARGE", "INVALID_RECORD"),
+        *("MessageSizeTooLargeError", "RecordListTooLargeError", "InvalidRecordError"),
+    }
+)
 BATCH_BYTES = 256 * 1024
 
 
@@ -39,6 +49,11 @@ class ClientError(Exception):
         self.cause = cause
         self.fatal = fatal
 
+    @property
+    def refused(self) -> bool:
+        """Whether it is the record that is at fault, so that trying it again is of no use."""
+        return self.cause in REFUSALS
+
     @classmethod
     def of_kafka_python(cls, error: BaseException) -> ClientError:
         # The client does not leave the state of an error that is not retriable by itself.
@@ -47,6 +62,14 @@ class ClientError(Exception):
     @classmethod
     def of_librdkafka(cls, error: Any) -> ClientError:
         return cls(error.name(), error.str(), fatal=error.fatal())
+
+
+def answer(done: Done, error: ClientError | None, partition: int = -1, offset: int = -1) -> None:
+    """Gives an answer; what goes wrong in there is told, and must not end or be lost in the client's own thread."""
+    try:
+        done(error, partition, offset)
+    except Exception:
+        log.exception("an answer of Kafka was not handled")
 
 
 class Client(Protocol):
@@ -84,8 +107,8 @@ class KafkaPython:
             future = self._producer.send(self._topic, key=key, value=value)
         except KafkaError as error:
             raise ClientError.of_kafka_python(error) from error
-        future.add_callback(lambda metadata: done(None, metadata.partition, metadata.offset))
-        future.add_errback(lambda error: done(ClientError.of_kafka_python(error), -1, -1))
+        future.add_callback(lambda metadata: answer(done, None, metadata.partition, metadata.offset))
+        future.add_errback(lambda error: answer(done, ClientError.of_kafka_python(error)))
 
     def close(self, timeout: float) -> None:
         with contextlib.suppress(KafkaError):  # what has no answer is counted by who waits for it
@@ -117,7 +140,7 @@ class Confluent:
                 "reconnect.backoff.max.ms": 2_000,
                 "linger.ms": LINGER_MS,
                 "batch.size": BATCH_BYTES,
-                "compression.type": "lz4",
+                "compression.type": "none",
                 # The other client's, which is Java's; librdkafka's own is another hash.
                 "partitioner": "murmur2_random",
                 "error_cb": lambda error: complain(ClientError.of_librdkafka(error)),
@@ -137,14 +160,17 @@ class Confluent:
 
     def _poll(self) -> None:
         while not self._closed.is_set():
-            self._producer.poll(0.1)
+            try:
+                self._producer.poll(0.1)
+            except Exception:  # without this thread no answer comes any more
+                log.exception("an answer of Kafka was not handled")
 
     def send(self, key: bytes, value: bytes | None, done: Done) -> None:
         def answered(error: Any, message: Any) -> None:
             if error is None:
-                done(None, message.partition(), message.offset())
+                answer(done, None, message.partition(), message.offset())
             else:
-                done(ClientError.of_librdkafka(error), -1, -1)
+                answer(done, ClientError.of_librdkafka(error))
 
         try:
             self._producer.produce(self._topic, value, key, on_delivery=answered)

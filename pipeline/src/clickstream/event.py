@@ -20,7 +20,7 @@ FIELDS: Final = (
     "page_url",
     "price",
 )
-# Without an event for this long a session has ended.
+# Without an event for this long a session has ended: one of exactly so much later is of the next, as in Gold.
 SESSION_GAP_SECONDS: Final = 30 * 60.0
 
 

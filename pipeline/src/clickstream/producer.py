@@ -6,6 +6,7 @@ Bounded (the default: 5 events a second for 60 seconds) or endless (`--duration 
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
 import logging
 import math
@@ -14,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
@@ -26,8 +28,9 @@ import orjson
 from clickstream import catalogue, clients, faults, replay, sdnotify
 from clickstream.arrival import KINDS, Pacer, arrivals
 from clickstream.clients import ClientError
+from clickstream.event import iso_millis
 from clickstream.faults import Record, Truth, TruthFile
-from clickstream.replay import Replay
+from clickstream.replay import Replay, ReplayError
 from clickstream.shop import Shop
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ log = logging.getLogger("ecom-producer")
 # A bounded run gives up when this long passes without the broker accepting anything.
 GIVE_UP_SECONDS = 60.0
 PROGRESS_SECONDS = 5.0
+TOLD_WAIT_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +84,12 @@ class Options(ABC):
         """Whether a new try is a new event, with the time of now."""
         return False
 
-    def acknowledged(self, record: Record) -> None:
-        """Told of every record that Kafka has; in the client's thread."""
+    def settled(self, record: Record) -> None:
+        """Told of every record that Kafka has or will never take; in the client's thread."""
         return
 
     def close(self) -> None:
-        """After the last record, when all are acknowledged or have failed."""
+        """After the last record, when all are acknowledged or have failed; ReplayError when that cannot be kept."""
         return
 
 
@@ -129,29 +133,26 @@ class ShopOptions(Options):
 @dataclass(frozen=True, kw_only=True)
 class ReplayOptions(Options):
     replay: Replay
-    speed: float
-    keep_timestamps: bool
 
     def arrivals(self, at: Callable[[float], float]) -> Iterator[float]:
-        return self.replay.arrivals(at, self.speed, self.keep_timestamps)
+        return self.replay.arrivals(at)
 
     def records(self, clock: Callable[[], float] = time.time) -> Iterator[Record]:
         return faults.plain(self.replay.current for _ in itertools.repeat(None))
 
-    def acknowledged(self, record: Record) -> None:
-        self.replay.acknowledged(record.event)
+    def settled(self, record: Record) -> None:
+        self.replay.settled(record.event)
 
     def close(self) -> None:
-        if not self.dry_run:
-            self.replay.save()
         for line in self.replay.report():
             log.warning(line)
+        self.replay.save()
 
 
 def sent_line(event: Event, partition: int, offset: int) -> str:
     return (
-        f"Sent: {event['event_type']:<15} | User: {event['user_id']:<11} "
-        f"| Product: {event['product_id']:<11} | Partition: {partition} | Offset: {offset}"
+        f"Sent: {event['event_type']!s:<15} | User: {event['user_id']!s:<11} "
+        f"| Product: {event['product_id']!s:<11} | Partition: {partition} | Offset: {offset}"
     )
 
 
@@ -162,24 +163,53 @@ def fault_note(truth: Truth) -> str:
     return f" | Fault: {truth.kind}" + (f" ({truth.code})" if truth.code else "")
 
 
+class Console:
+    """Standard output, in whole lines from any thread, until nobody reads it: a run does not end with its reader."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open = True
+
+    def say(self, text: str) -> None:
+        with self._lock:
+            if not self._open:
+                return
+            try:
+                sys.stdout.write(text + "\n")
+                sys.stdout.flush()
+            except OSError as error:
+                self._open = False
+                mute()
+                if not isinstance(error, BrokenPipeError):
+                    log.warning("no more lines on standard output: %s", error)
+
+
+def mute() -> None:
+    """Gives up standard output, whose reader has left. What is still buffered must not fail again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Sender:
     """Sends records and keeps account of what the broker acknowledged and what it did not."""
 
-    def __init__(self, options: Options, stop: threading.Event) -> None:
+    def __init__(self, options: Options, stop: threading.Event, console: Console) -> None:
         self._options = options
         self._stop = stop
+        self._console = console
         self._changed = threading.Condition()
         self._pending = 0
         self._causes: Counter[str] = Counter()
+        self._refusals: Counter[str] = Counter()
         self._client: clients.Client | None = None
         self.truth: TruthFile | None = None
         self.sent = 0
         self.failed = 0
 
     def _complain(self, error: ClientError) -> None:
-        """Logs each cause once, until something is acknowledged again."""
-        self._causes[error.cause] += 1
-        if self._causes[error.cause] == 1:
+        """Logs each cause once, until something is acknowledged again; once and for all when it is a record's own."""
+        causes = self._refusals if error.refused else self._causes
+        causes[error.cause] += 1
+        if causes[error.cause] == 1:
             log.warning("%s: %s", error.cause, error)
 
     def connect(self) -> bool:
@@ -208,16 +238,17 @@ class Sender:
                 self.sent += 1
                 first = self.sent == 1
                 self._causes.clear()
-                self._options.acknowledged(record)
-                if self.truth:
-                    self.truth.write(self._options.topic, partition, offset, record.truth)
+            if not error or error.refused:
+                self._options.settled(record)
+            if not error and self.truth:
+                self.truth.write(self._options.topic, partition, offset, record.truth)
             self._changed.notify_all()
         if error:
             return
-        if not self._options.quiet:
-            print(sent_line(record.event, partition, offset) + fault_note(record.truth), flush=True)
         if first:
             sdnotify.notify("READY=1")
+        if not self._options.quiet:
+            self._console.say(sent_line(record.event, partition, offset) + fault_note(record.truth))
 
     def wait_for_room(self, watchdog: sdnotify.Watchdog) -> None:
         """Blocks while too much is unacknowledged: a broker that is away slows the shop, not fills memory."""
@@ -244,6 +275,9 @@ class Sender:
             try:
                 client.send(record.key, record.value, partial(self._done, record))
             except ClientError as error:
+                if error.refused:
+                    self._done(record, error, -1, -1)
+                    return True
                 with self._changed:
                     self._pending -= 1
                 self._complain(error)
@@ -284,9 +318,41 @@ def tell_progress(
         before, then = sent, now
 
 
-def run(options: Options, stop: threading.Event) -> int:
-    sender = Sender(options, stop)
+def produce(options: Options, sender: Sender, stop: threading.Event) -> bool:
+    """Sends each record when it is due; False when a bounded run should end because no broker takes it."""
     watchdog = sdnotify.Watchdog()
+    records = options.records()
+    pacer = Pacer()
+    next_status = 0.0
+    for due in options.arrivals(pacer.at):
+        delay = pacer.delay(due)
+        if delay > TOLD_WAIT_SECONDS:
+            log.warning("the next event is due in %.0f s, at %s", delay, iso_millis(pacer.at(due)))
+        if (delay and stop.wait(delay)) or stop.is_set():
+            break
+        sender.wait_for_room(watchdog)
+        if not sender.send(records):
+            return False
+        watchdog.ping()
+        if time.monotonic() >= next_status:
+            next_status = time.monotonic() + 5
+            sdnotify.notify(f"STATUS={sender.sent} events acknowledged, {sender.failed} failed")
+    return True
+
+
+def finish(options: Options) -> bool:
+    """Closes the source of the records; False when it could not keep what was done."""
+    try:
+        options.close()
+    except ReplayError as error:
+        log.error("%s", error)
+        return False
+    return True
+
+
+def run(options: Options, stop: threading.Event) -> int:
+    console = Console()
+    sender = Sender(options, stop, console)
     if not sender.connect():
         if stop.is_set():
             return 0
@@ -303,43 +369,33 @@ def run(options: Options, stop: threading.Event) -> int:
             log.error("--truth: %s", error)
             sender.close()
             return 1
-    print(f"Kafka Producer connected to {options.bootstrap_servers}", flush=True)
-    print("\nStarting event production...", flush=True)
-    print("=" * 60, flush=True)
+    console.say(f"Kafka Producer connected to {options.bootstrap_servers}")
+    console.say("\nStarting event production...")
+    console.say("=" * 60)
 
     ended = threading.Event()
     if options.progress:
         threading.Thread(target=tell_progress, args=(sender, options.total, ended), daemon=True).start()
-    records = options.records()
-    pacer = Pacer()
-    next_status = 0.0
-    complete = True
-    for due in options.arrivals(pacer.at):
-        delay = pacer.delay(due)
-        if (delay and stop.wait(delay)) or stop.is_set():
-            break
-        sender.wait_for_room(watchdog)
-        if not sender.send(records):
-            complete = False
-            break
-        watchdog.ping()
-        if time.monotonic() >= next_status:
-            next_status = time.monotonic() + 5
-            sdnotify.notify(f"STATUS={sender.sent} events acknowledged, {sender.failed} failed")
-
-    sdnotify.notify("STOPPING=1")
-    sender.close()
-    ended.set()
-    options.close()
-    print(f"Producer closed. Total events sent: {sender.sent}", flush=True)
-    if sender.failed or not complete:
+    complete = broken = False
+    try:
+        complete = produce(options, sender, stop)
+    except ReplayError as error:
+        broken = True
+        log.error("%s", error)
+    finally:
+        sdnotify.notify("STOPPING=1")
+        sender.close()
+        ended.set()
+        broken = not finish(options) or broken
+    console.say(f"Producer closed. Total events sent: {sender.sent}")
+    if sender.failed or not (complete or broken):
         log.error("%d events were not acknowledged", sender.failed)
     if truth and truth.error:
         log.error("--truth is not complete: %s", truth.error)
         return 1
     if not options.bounded:
         return 0
-    return 1 if sender.failed or not complete else 0
+    return 0 if complete and not broken and not sender.failed else 1
 
 
 def dry_run(options: Options, stop: threading.Event) -> int:
@@ -360,10 +416,13 @@ def dry_run(options: Options, stop: threading.Event) -> int:
                 out.flush()
         out.flush()
     except BrokenPipeError:
-        # The reader has what it wanted. What is still buffered must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    options.close()
-    return 0
+        mute()  # the reader has what it wanted
+    except ReplayError as error:
+        out.flush()
+        log.error("%s", error)
+        finish(options)
+        return 1
+    return 0 if finish(options) else 1
 
 
 def _positive(kind: type[int] | type[float]) -> Callable[[str], Any]:
@@ -422,15 +481,18 @@ def parse_replay(argv: Sequence[str]) -> ReplayOptions:
     parser = argparse.ArgumentParser(
         prog="ecom-producer replay",
         description="Sends the events of a file to Kafka: ours as JSON lines, or a public data set's CSV.",
-        epilog="The file's order is kept; a timestamp that goes backwards does not wait. Rows that cannot be mapped "
-        "are counted and the first ones named. Silver refuses events older than a week.",
+        epilog="The file's order is kept; a row before the latest one does not wait, and gets that one's time. Rows "
+        "that cannot be mapped, or that are alone a week ahead of the latest, are counted and the first ones named. "
+        "Silver refuses events older than a week.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("file", type=Path, help="may be compressed: .gz")
     parser.add_argument("--format", choices=replay.FORMATS, default="events")
     parser.add_argument("--speed", type=_duration, default=1.0, help="divides the gaps; 0 is as fast as possible")
     parser.add_argument(
-        "--keep-timestamps", action="store_true", help="leave the times as they are; else the first event is of now"
+        "--keep-timestamps",
+        action="store_true",
+        help="leave the times as they are; else the first event is of now, and each other one of when it is due",
     )
     parser.add_argument(
         "--first-id",
@@ -438,7 +500,11 @@ def parse_replay(argv: Sequence[str]) -> ReplayOptions:
         help="number of the first row's event_id, for the data sets; else by the file's name",
     )
     parser.add_argument(
-        "--resume", type=Path, metavar="STATE", help="a file that keeps what is acknowledged, to go on from there"
+        "--resume",
+        type=Path,
+        metavar="STATE",
+        help="a file that keeps the start and what is acknowledged, to go on from there: what is sent again has the "
+        "same bytes, and what is overdue is sent at once; with --speed 0 every event is of the start",
     )
     _common(parser)
     args = parser.parse_args(argv)
@@ -448,10 +514,16 @@ def parse_replay(argv: Sequence[str]) -> ReplayOptions:
     values = vars(args)
     try:
         source = Replay(
-            values.pop("file"), values.pop("format"), first_id=values.pop("first_id"), state=values.pop("resume")
+            values.pop("file"),
+            values.pop("format"),
+            first_id=values.pop("first_id"),
+            speed=values.pop("speed"),
+            keep_timestamps=values.pop("keep_timestamps"),
+            state=values.pop("resume"),
+            dry_run=args.dry_run,
         )
         source.check()
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, csv.Error, ReplayError) as error:
         parser.error(str(error))
     return ReplayOptions(replay=source, **values)
 

@@ -127,7 +127,7 @@ class Shop:
     def _visit(self, place: int, now: float, number: int) -> Visit:
         """The visit at a place, or a new one when that has ended."""
         visit = self._visits[place]
-        if visit is None or now - visit.last > SESSION_GAP_SECONDS:
+        if visit is None or now - visit.last >= SESSION_GAP_SECONDS:
             visit = self._enter(place, now, number)
         return visit
 
@@ -167,7 +167,7 @@ class Shop:
         visit = None
         if stage != VIEW:
             fitting = [
-                v for v in self._visits if v and v.star_stage == stage - 1 and now - v.last <= SESSION_GAP_SECONDS
+                v for v in self._visits if v and v.star_stage == stage - 1 and now - v.last < SESSION_GAP_SECONDS
             ]
             if fitting:
                 visit = fitting[int(self._rng.random() * len(fitting))]
