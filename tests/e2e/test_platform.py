@@ -148,7 +148,7 @@ def test_bad_input_is_kept_with_its_reasons(platform: Platform) -> None:
 def test_every_wrong_record_is_told_from_every_right_one(platform: Platform) -> None:
     """Faults of every kind among the shop's events: what became of each offset, against the producer's truth."""
     began = platform.end_offsets()
-    faults = "--rate 100 --duration 12 --quiet --faults all=0.25 --truth /tmp/truth.jsonl"
+    faults = "--client confluent --rate 100 --duration 12 --quiet --faults all=0.25 --truth /tmp/truth.jsonl"
     platform.run(f"rm -f /tmp/truth.jsonl; ecom-producer {faults}")
     truth = [json.loads(line) for line in platform.run("cat /tmp/truth.jsonl").splitlines()]
     assert len(truth) == 1200
