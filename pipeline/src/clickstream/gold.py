@@ -392,7 +392,7 @@ class GoldWriter:
 
 def prepare(spark: SparkSession, settings: Settings, tables: Sequence[Windowed] = (FUNNEL_1M,)) -> MartWriter | None:
     """Tables and marts, created where missing. Without a DSN there is no mart, only Delta."""
-    for table in (*silver.TABLES, *(windowed.table for windowed in tables)):
+    for table in (silver.EVENTS, *(windowed.table for windowed in tables)):
         table.ensure(spark, settings)
     if not settings.marts_dsn:
         log.warning("CLICKSTREAM_MARTS_DSN is not set: no Postgres mart is written")

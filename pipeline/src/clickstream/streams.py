@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("clickstream")
 
 QUERIES = (bronze.QUERY, silver.QUERY, *gold.QUERIES)
+# Started when the others have had their first trigger: a start is mostly a cold JVM at work, and whoever waits for
+# the newest minute does not wait for these.
+LATER = (gold.HOURLY_QUERY,)
 # The streams that read Kafka show their position as a consumer group of this name.
 GROUP_PREFIX = "ecom-"
 # How long a stop waits for the batches that run.
@@ -96,14 +99,19 @@ def run(settings: Settings, names: Sequence[str]) -> int:
     spark.streams.addListener(listener)
 
     queries: list[StreamingQuery] = []
-    code = 0
-    try:
-        for name in names:
+
+    def start(some: Sequence[str]) -> None:
+        for name in some:
             if stop.is_set():
-                break
+                return
             queries.append(_start(spark, settings, name, extra))
             log.info("query %s started", name)
-        code = _watch(queries, ready, stop)
+
+    later = [name for name in names if name in LATER]
+    code = 0
+    try:
+        start([name for name in names if name not in later])
+        code = _watch(queries, ready, stop, lambda: start(later))
     finally:
         sdnotify.notify("STOPPING=1")
         _stop(queries)
@@ -126,7 +134,10 @@ def _stop(queries: Sequence[StreamingQuery]) -> None:
         time.sleep(0.02)
 
 
-def _watch(queries: Sequence[StreamingQuery], ready: set[str], stop: threading.Event) -> int:
+def _watch(
+    queries: Sequence[StreamingQuery], ready: set[str], stop: threading.Event, on_ready: Callable[[], None]
+) -> int:
+    """Looks after the queries until one fails or a stop is asked for; `on_ready` may add queries."""
     watchdog = sdnotify.Watchdog()
     told = False
     extended = 0.0
@@ -143,8 +154,10 @@ def _watch(queries: Sequence[StreamingQuery], ready: set[str], stop: threading.E
             sdnotify.notify(f"EXTEND_TIMEOUT_USEC={EXTENSION_SECONDS * 1_000_000}")
         if not told and ready.issuperset(query.name for query in queries):
             told = True
-            sdnotify.notify(f"READY=1\nSTATUS=running {', '.join(query.name for query in queries)}")
-            log.info("all queries have finished their first trigger")
+            log.info("%s: first trigger finished", ", ".join(query.name for query in queries) or "nothing to wait for")
+            sdnotify.notify("READY=1")
+            on_ready()
+            sdnotify.notify(f"STATUS=running {', '.join(query.name for query in queries)}")
         watchdog.ping()
     log.info("stopping")
     return 0
