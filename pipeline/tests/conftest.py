@@ -75,7 +75,10 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
         "spark.hadoop.fs.file.impl clickstream.LakeFs$Local\n"
         "spark.delta.logStore.file.impl clickstream.LakeFs$Log\n"
         "spark.ui.enabled false\n"
-        # a JVM that lives for minutes does not earn back what the optimising compiler costs
+        # A JVM that lives for minutes earns back neither the compiling of many small plans nor the optimising
+        # compiler. The tests of the role and end to end run as the services do, with both.
+        "spark.sql.codegen.wholeStage false\n"
+        "spark.sql.codegen.factoryMode NO_CODEGEN\n"
         "spark.driver.extraJavaOptions -XX:TieredStopAtLevel=1\n"
         "spark.driver.host 127.0.0.1\n"
         "spark.driver.bindAddress 127.0.0.1\n"
