@@ -32,12 +32,19 @@ COUNTS = """
     count(*) FILTER (event_type = 'view'), count(*) FILTER (event_type = 'add_to_cart'),
     count(*) FILTER (event_type = 'purchase'),
     coalesce(sum(price) FILTER (event_type = 'purchase'), 0)::DECIMAL(22, 2)"""
-ORACLES = {
-    gold.FUNNEL_1H.figures: f"""
-        SELECT date_trunc('hour', event_time), date_trunc('hour', event_time) + INTERVAL 1 HOUR, product_id,
+
+
+def _funnel(unit: str) -> str:
+    return f"""
+        SELECT date_trunc('{unit}', event_time), date_trunc('{unit}', event_time) + INTERVAL 1 {unit}, product_id,
                last(product_category ORDER BY event_time, event_id), {COUNTS},
                count(DISTINCT user_id), count(DISTINCT session_id), max(event_time)
-        FROM event GROUP BY 1, 2, 3""",
+        FROM event GROUP BY 1, 2, 3"""
+
+
+ORACLES = {
+    gold.FUNNEL_1M.figures: _funnel("minute"),
+    gold.FUNNEL_1H.figures: _funnel("hour"),
     gold.CONVERSION_1H.figures: f"""
         WITH by_value AS (
             SELECT *, 'category' AS dimension, product_category AS value FROM event
