@@ -13,6 +13,9 @@ PLATFORM := ansible/scripts/platform --inventory $(INVENTORY)
 VENV := .venv/.stamp
 TEST_VENV := .cache/test-venv/.stamp
 TEST_JARS := .cache/test-jars
+KAFKA_JARS := .cache/kafka-jars
+PACKAGE_TESTS = cd pipeline && CLICKSTREAM_TEST_JARS=$(CURDIR)/$(TEST_JARS) \
+  CLICKSTREAM_TEST_KAFKA_JARS=$(CURDIR)/$(KAFKA_JARS) ../.cache/test-venv/bin/python -m pytest -q
 ARGS ?=
 comma := ,
 
@@ -104,9 +107,13 @@ lint: $(VENV) ## Python, shell, YAML, Ansible and the repository's own rules
 	pytest -q tests/repo
 
 .PHONY: unit
-unit: $(VENV) $(TEST_VENV) $(TEST_JARS).stamp ## The package, on local Spark and a private PostgreSQL; the Ansible modules
+unit: $(VENV) $(TEST_VENV) $(TEST_JARS).stamp $(KAFKA_JARS).stamp ## The package, on local Spark, Kafka and a private PostgreSQL; the Ansible modules
 	pytest -q tests/unit
-	cd pipeline && CLICKSTREAM_TEST_JARS=$(CURDIR)/$(TEST_JARS) ../.cache/test-venv/bin/python -m pytest -q -n 2 --durations=12
+	$(PACKAGE_TESTS) -n 2 --durations=12
+
+.PHONY: crash
+crash: $(VENV) $(TEST_VENV) $(TEST_JARS).stamp $(KAFKA_JARS).stamp ## Kill the streams at random points, then count everything again: ARGS="--kills 30 --seed 7"
+	$(PACKAGE_TESTS) -s tests/test_crash.py $(or $(ARGS),--kills 30)
 
 .PHONY: molecule
 molecule: $(VENV) ## One role in a guest of its own: ROLE=kafka; without ROLE all of them
@@ -149,5 +156,7 @@ $(TEST_VENV): ansible/requirements-test.txt
 	@touch $@
 
 $(TEST_JARS).stamp: roles/spark/files/jars.lock
-	@ansible localhost -m maven_jars -a '{"path": "$(CURDIR)/$(TEST_JARS)", "lock": "{{ lookup(\"ansible.builtin.file\", \"$(CURDIR)/$<\") }}"$(if $(MAVEN_REPOSITORY_URL),$(comma) "repository_url": "$(MAVEN_REPOSITORY_URL)")}' 
+$(KAFKA_JARS).stamp: roles/kafka/files/jars.lock
+$(TEST_JARS).stamp $(KAFKA_JARS).stamp:
+	@ansible localhost -m maven_jars -a '{"path": "$(CURDIR)/$(basename $@)", "lock": "{{ lookup(\"ansible.builtin.file\", \"$(CURDIR)/$<\") }}"$(if $(MAVEN_REPOSITORY_URL),$(comma) "repository_url": "$(MAVEN_REPOSITORY_URL)")}' 
 	@touch $@

@@ -37,6 +37,11 @@ KAFKA_COLUMNS = """topic STRING, partition INT, offset BIGINT, timestamp TIMESTA
     key BINARY, value BINARY, headers ARRAY<STRUCT<key: STRING, value: BINARY>>"""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=2, help="how often the crash test kills the streams (default: 2)")
+    parser.addoption("--seed", type=int, default=7, help="of the crash test's records and points (default: 7)")
+
+
 def _jars() -> list[Path]:
     directory = os.environ.get("CLICKSTREAM_TEST_JARS", "")
     jars = sorted(Path(directory).glob("*.jar")) if directory else []
