@@ -69,8 +69,10 @@ FAULTS = {"duplicate": 0.03, "conflicting": 0.03, "late": 0.02, "malformed": 0.0
 FILES = 3
 DELAY_SECONDS = 1.0
 POLL_SECONDS = 0.01
-# A place in which nothing appears for so long is given up: the kill comes then.
-PATIENCE_SECONDS = 45.0
+# When Silver is back for so long, the kill comes also when too little appeared in the place.
+PATIENCE_SECONDS = 15.0
+# So long may a start take to come to Silver's first batch.
+START_SECONDS = 120.0
 # So long may a start take to do all that is left.
 FINISH_SECONDS = 240.0
 
@@ -316,12 +318,13 @@ def kill_at(streams: Streams, place: Place, files: int, delay: float) -> str:
     began = time.monotonic()
     back: float | None = None
     new = 0
-    while new < files and time.monotonic() - began < PATIENCE_SECONDS:
+    while new < files and (back is None or time.monotonic() - began < back + PATIENCE_SECONDS):
         time.sleep(POLL_SECONDS)
         streams.check()
         new = len(names(folder, deep=place.deep) - before)
         if back is None and names(commits) - committed:
             back = time.monotonic() - began
+        assert back or time.monotonic() - began < START_SECONDS, f"no batch of Silver within {START_SECONDS:g} s"
     time.sleep(delay)
     if back is None and names(commits) - committed:
         back = time.monotonic() - began
