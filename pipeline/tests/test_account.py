@@ -5,23 +5,20 @@ from __future__ import annotations
 import csv
 import json
 from datetime import datetime, timedelta
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import CASES, NOW, Silver, Topic, batches, event, full_disk
-from hypothesis import HealthCheck, given
-from hypothesis import settings as examples
-from hypothesis import strategies as st
 
-from clickstream import account, bronze, gold, lake, silver
-from clickstream.settings import Settings
+from clickstream import account, bronze, lake, silver
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from pyspark.sql import SparkSession
+
+    from clickstream.settings import Settings
 
 
 class Lake(Silver):
@@ -40,12 +37,6 @@ class Lake(Silver):
         path = self.settings.table(bronze.CLICKSTREAM.name)
         bronze.archive(records).write.format("delta").mode("append").save(path)
         records.unpersist()
-        self.run()
-
-    def replay(self) -> None:
-        """The last batch again, as after a crash before its commit."""
-        commits = Path(self.settings.checkpoint(silver.QUERY).removeprefix("file://")) / "commits"
-        (commits / str(max(int(path.name) for path in commits.iterdir() if path.name.isdigit()))).unlink()
         self.run()
 
     def account(self, **ends: int) -> account.Report:
@@ -210,66 +201,3 @@ def test_closed_is_what_both_streams_committed(spark: SparkSession, settings: Se
     assert account.closed(spark, settings) == {}
     checkpoint("silver", 2, {2: '{"0":40,"1":8}', 3: '{"0":60,"1":9}'})
     assert account.closed(spark, settings) == {("clicks", 0): 40, ("clicks", 1): 7}
-
-
-def _visit(number: int) -> dict[str, Any]:
-    """One event every four minutes: after a few of them the first is late."""
-    at = NOW + timedelta(minutes=4 * number)
-    kind = ("view", "add_to_cart", "purchase")[number % 3]
-    return event(number, timestamp=f"{at:%Y-%m-%dT%H:%M:%S}Z", event_type=kind, product_id=f"prod_{number % 2 + 1:04d}")
-
-
-# Twelve events, some twice, some of these with another price (of a view: Gold does not count it), and rubbish.
-VISITS = [_visit(n) for n in range(12)]
-RECORDS: list[dict[str, Any] | bytes] = [
-    *VISITS,
-    *(VISITS[n] for n in (1, 4, 11)),
-    *(VISITS[n] | {"price": 5.0} for n in (0, 3, 9)),
-    b"rubbish",
-]
-
-
-@examples(max_examples=3, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
-    order=st.permutations(range(len(RECORDS))),
-    cuts=st.sets(st.integers(1, len(RECORDS) - 1), min_size=1, max_size=2),
-    replayed=st.integers(0, 2),
-)
-def test_any_order_any_split_and_any_replay_give_the_same(
-    spark: SparkSession, tmp_path_factory: pytest.TempPathFactory, order: list[int], cuts: set[int], replayed: int
-) -> None:
-    """Silver keeps the first of each id, and Gold's final minutes count each event once, however late it came."""
-    shop = Lake(spark, Settings(lake_uri=f"file://{tmp_path_factory.mktemp('any')}"), Topic(spark))
-    gold.prepare(spark, shop.settings)
-    records = [RECORDS[n] for n in order]
-    bounds = [0, *sorted(cuts), len(records)]
-    for number, (start, end) in enumerate(pairwise(bounds)):
-        shop.send(records[start:end], at=NOW + timedelta(hours=1))
-        if number == replayed:
-            shop.replay()
-    assert shop.account().unexplained == []
-
-    kept: dict[str, float] = {}
-    for record in records:
-        if isinstance(record, dict):
-            kept.setdefault(record["event_id"], record["price"])
-    rows = silver.EVENTS.read(spark, shop.settings).select("event_id", "price").collect()
-    assert sorted((row["event_id"], float(row["price"])) for row in rows) == sorted(kept.items())
-    dispositions = sorted(place for places in shop.places().values() for place in places)
-    assert dispositions == ["conflicting_duplicate"] * 3 + ["duplicate"] * 3 + ["events"] * 12 + ["invalid"]
-
-    gold.build(spark, shop.settings, gold.GoldWriter(spark, shop.settings, None)).trigger(
-        availableNow=True
-    ).start().awaitTermination()
-    final = gold.FUNNEL_1M.table.read(spark, shop.settings).orderBy("window_start").collect()
-    # the newest event is of 12:44, so the minutes to 12:33 are final
-    assert [
-        (row["window_start"].minute, row["product_id"], row["views"], row["carts"], row["purchases"]) for row in final
-    ] == [
-        (
-            4 * n,
-            visit["product_id"],
-            *(int(visit["event_type"] == kind) for kind in ("view", "add_to_cart", "purchase")),
-        )
-        for n, visit in enumerate(VISITS[:9])
-    ]
