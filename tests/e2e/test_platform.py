@@ -302,10 +302,12 @@ def test_a_reload_brings_everything_back_alone(platform: Platform) -> None:
     platform.resume()
 
 
-def test_halt_and_up(platform: Platform) -> None:
-    platform.vagrant("halt")
-    platform.vagrant("up")
-    platform.healthy(timeout=420)
+def test_down_and_up(platform: Platform) -> None:
+    platform.make("down")
+    said = platform.make("status", check=False)
+    assert said.returncode != 0 and "make up" in said.stdout
+    platform.make("up")
+    assert platform.make("status").returncode == 0
 
 
 def test_memory(platform: Platform) -> None:
@@ -331,5 +333,5 @@ def test_a_stopped_service_makes_status_fail(platform: Platform) -> None:
     said = platform.make("status", check=False)
     assert said.returncode != 0
     assert "UNHEALTHY" in said.stdout and "make logs SERVICE=spark-history" in said.stdout
-    platform.make("up")
+    platform.make("restart", "SERVICE=spark-history")
     assert platform.make("status").returncode == 0
