@@ -148,8 +148,9 @@ def test_bad_input_is_kept_with_its_reasons(platform: Platform) -> None:
 def test_every_wrong_record_is_told_from_every_right_one(platform: Platform) -> None:
     """Faults of every kind among the shop's events: what became of each offset, against the producer's truth."""
     began = platform.end_offsets()
-    faults = "--client confluent --rate 100 --duration 12 --quiet --faults all=0.25 --truth /tmp/truth.jsonl"
-    platform.run(f"rm -f /tmp/truth.jsonl; ecom-producer {faults}")
+    # Late by more than an hour: into an hour that is closed, for the batch layer.
+    faults = "--rate 100 --duration 12 --faults all=0.25 --late-by 4000 --truth /tmp/truth.jsonl"
+    platform.run(f"rm -f /tmp/truth.jsonl; ecom-producer --client confluent --quiet {faults}")
     truth = [json.loads(line) for line in platform.run("cat /tmp/truth.jsonl").splitlines()]
     assert len(truth) == 1200
     platform.run("sudo systemctl stop ecom-producer")
@@ -192,6 +193,29 @@ def test_every_wrong_record_is_told_from_every_right_one(platform: Platform) -> 
     # Gold too: the windows of late events are counted again.
     platform.assert_conserved()
     platform.resume()
+
+
+def test_the_batch_layer_agrees_with_the_streams(platform: Platform) -> None:
+    """The late events that the accounting added are in the closed hours that the streams serve, and so are visits."""
+    end = (datetime.now(UTC) - timedelta(minutes=5)).replace(minute=0, second=0, microsecond=0)
+    closed = f"window_start < '{end.isoformat()}'"
+
+    def hours_follow() -> bool:
+        counted = "SELECT sum(views), sum(carts), sum(purchases), sum(revenue) FROM gold.product_funnel_{} WHERE {}"
+        minutes, hours = (platform.mart(counted.format(length, closed)) for length in ("1m", "1h"))
+        assert minutes == hours and minutes[0][0] is not None, f"minutes {minutes}, hours {hours}"
+        assert platform.mart(f"SELECT count(*) FROM gold.product_funnel_1h WHERE {closed} AND NOT is_final") == [(0,)]
+        return True
+
+    wait_until(hours_follow, 180, "the closed hours have what their minutes have")
+    span = f"--from {end - timedelta(hours=3):%Y-%m-%dT%HZ} --to {end:%Y-%m-%dT%HZ}"
+    report = json.loads(platform.run(f"sudo clickstream recompute {span} --json 2>/dev/null"))
+    lines = {(line["table"], line["place"]): line for line in report["lines"]}
+    for (table, place), line in lines.items():
+        if table != "gold.sessions":
+            assert line["rows"] > 0 and not line["missing"] + line["surplus"] + line["differing"], (table, place, line)
+    visits = lines["gold.sessions", "mart"]["rows"]
+    assert visits > 0 and platform.mart("SELECT count(*) FROM gold.sessions") == [(visits,)]
 
 
 def test_a_dag_runs_green_on_the_cluster(platform: Platform) -> None:
@@ -278,10 +302,12 @@ def test_a_reload_brings_everything_back_alone(platform: Platform) -> None:
     platform.resume()
 
 
-def test_halt_and_up(platform: Platform) -> None:
-    platform.vagrant("halt")
-    platform.vagrant("up")
-    platform.healthy(timeout=420)
+def test_down_and_up(platform: Platform) -> None:
+    platform.make("down")
+    said = platform.make("status", check=False)
+    assert said.returncode != 0 and "make up" in said.stdout
+    platform.make("up")
+    assert platform.make("status").returncode == 0
 
 
 def test_memory(platform: Platform) -> None:
@@ -307,5 +333,5 @@ def test_a_stopped_service_makes_status_fail(platform: Platform) -> None:
     said = platform.make("status", check=False)
     assert said.returncode != 0
     assert "UNHEALTHY" in said.stdout and "make logs SERVICE=spark-history" in said.stdout
-    platform.make("up")
+    platform.make("restart", "SERVICE=spark-history")
     assert platform.make("status").returncode == 0
