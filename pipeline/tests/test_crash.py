@@ -97,7 +97,7 @@ def broker(tmp_path: Path) -> Iterator[str]:
     """A Kafka broker with an empty topic; its address."""
     jars = Path(os.environ.get("CLICKSTREAM_TEST_KAFKA_JARS", ""))
     if not any(jars.glob("kafka_*.jar")):
-        pytest.fail("CLICKSTREAM_TEST_KAFKA_JARS must name a directory with Kafka's jars; `make unit` provides it")
+        pytest.fail("CLICKSTREAM_TEST_KAFKA_JARS must name a directory with Kafka's jars; `make crash` provides it")
     port, controller = _free_ports(2)
     home = tmp_path / "kafka"
     home.mkdir()
