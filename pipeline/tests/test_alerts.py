@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -13,7 +12,6 @@ import pytest
 from test_detector import as_text, golden_episodes, golden_minutes, golden_parameters
 
 from clickstream import alerts
-from clickstream.detector import ParameterError, Parameters
 from clickstream.gold import FUNNEL_1M
 from clickstream.marts import MartWriter
 
@@ -88,15 +86,3 @@ def test_runs_in_any_pieces_and_again_give_the_golden_episodes(
     # What a rebuild does not find again goes away.
     update(limits=replace(golden_parameters(), min_views=10**6), rebuild=True)
     assert delta() == mart() == []
-
-
-def test_the_environment_sets_every_parameter() -> None:
-    assert alerts.parameters({}) == Parameters()
-    env = {"CLICKSTREAM_ALERT_MIN_VIEWS": "30", "CLICKSTREAM_ALERT_CONFIDENCE": "0.95", "CLICKSTREAM_MIN_VIEWS": "1"}
-    assert alerts.parameters(env) == Parameters(min_views=30, confidence=0.95)
-
-
-@pytest.mark.parametrize(("name", "value"), [("MIN_VIEWS", "1.5"), ("CONFIDENCE", "high"), ("CLOSE_MINUTES", "0")])
-def test_a_wrong_variable_is_named(name: str, value: str) -> None:
-    with pytest.raises(ParameterError, match=rf"^CLICKSTREAM_ALERT_{name}: .*{re.escape(value)}.*; (write|give)"):
-        alerts.parameters({f"CLICKSTREAM_ALERT_{name}": value})

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from conftest import CASES, NOW, Silver, Topic, batches, event, full_disk
+from prometheus_client import REGISTRY
 
-from clickstream import silver
+from clickstream import metrics, silver
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -159,6 +160,33 @@ def test_a_new_checkpoint_is_a_new_writer(stream: Stream, topic: Topic) -> None:
     moved.rename(moved.with_name("old"))
     stream.run()
     assert len(stream.events()) == 2
+
+
+def test_a_prometheus_sees_what_became_of_the_records(stream: Stream, topic: Topic) -> None:
+    names = [
+        ("clickstream_rows_read_total", {"query": "silver"}),
+        ("clickstream_rows_written_total", {"table": "silver.events"}),
+        ("clickstream_rows_written_total", {"table": "silver.rejects"}),
+        ("clickstream_rejects_total", {"code": "not_json_object"}),
+        ("clickstream_rejects_total", {"code": "device_unknown"}),
+        ("clickstream_rejects_total", {"code": "price_not_positive"}),
+        ("clickstream_batch_seconds_count", {"query": "silver"}),
+    ]
+
+    def values() -> list[float]:
+        return [REGISTRY.get_sample_value(name, labels) or 0 for name, labels in names]
+
+    before = values()
+    topic.append(stream.source, [event(1), event(1), b"rubbish", event(2, device_type="fridge", price=-1)])
+    progress = stream.run().recentProgress
+    for batch in progress:
+        metrics.observe("silver", batch, {"last_event_at": None})
+    assert [b - a for a, b in zip(before, values(), strict=True)] == [4, 1, 2, 1, 1, 1, len(progress)]
+    topic.append(stream.source, [event(3)])
+    metrics.observe("silver", stream.run().recentProgress[0], {"last_event_at": "2025-11-29T12:00:00+00:00"})
+    watermark = REGISTRY.get_sample_value("clickstream_watermark_timestamp_seconds", {"query": "silver"})
+    assert watermark == (NOW - timedelta(minutes=10)).timestamp()
+    assert REGISTRY.get_sample_value("clickstream_newest_event_timestamp_seconds") == NOW.timestamp()
 
 
 def test_empty_batches_write_nothing(stream: Stream, topic: Topic) -> None:

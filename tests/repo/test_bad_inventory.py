@@ -49,6 +49,10 @@ def wrong_names_and_types(hosts: dict[str, Any], site: dict[str, Any]) -> None:
     children["zookeper"] = children.pop("zookeeper")
 
 
+def wrong_settings(hosts: dict[str, Any], site: dict[str, Any]) -> None:
+    site["pipeline_settings"] = {"alert_min_view": 50, "retention_hours": "long"}
+
+
 def wrong_lakes_and_addresses(hosts: dict[str, Any], site: dict[str, Any]) -> None:
     site["lake_uri"] = "var/lib/lake"
     add_host(hosts, "second", ansible_host=ADDRESS.format(1), lake_uri="file://lake")
@@ -68,7 +72,8 @@ def more_copies_than_brokers(hosts: dict[str, Any], site: dict[str, Any]) -> Non
 
 
 def short_password(hosts: dict[str, Any], site: dict[str, Any]) -> None:
-    site["postgres_users"] = [{"name": name, "password": CANARY[:15]} for name in ("airflow", "analytics")]
+    names = ("airflow", "analytics", "dashboards")
+    site["postgres_users"] = [{"name": name, "password": CANARY[:15]} for name in names]
 
 
 def published_password(hosts: dict[str, Any], site: dict[str, Any]) -> None:
@@ -89,6 +94,10 @@ MISTAKES: dict[Edit, tuple[str, ...]] = {
         "lake_uri is 'file://lake'; give an absolute URI: file:///",
         "clickstream, second have the same ansible_host, 192.0.2.1; give each its own",
         "third has no ansible_host; give its address",
+    ),
+    wrong_settings: (
+        "CLICKSTREAM_ALERT_MIN_VIEW is no setting of the package; did you mean CLICKSTREAM_ALERT_MIN_VIEWS?",
+        "CLICKSTREAM_RETENTION_HOURS: 'long' is not a whole number; write digits only",
     ),
     lake_of_one_node_for_two: ("lake_uri is file:///var/lib/lake", "clickstream, second all use", "give an hdfs://"),
     even_quorum: ("zookeeper_hosts has 2 members", "odd number", "Add or remove a host in the group 'zookeeper'"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import tarfile
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,19 @@ def test_bad_records_are_kept_as_they_came_with_their_reasons(lake: Lake) -> Non
     for record in BAD_RECORDS:
         disposition, codes = values[record]
         assert disposition == "invalid" and codes, record
+
+
+def test_a_prometheus_finds_what_was_read_and_refused(host: Host, address: str, lake: Lake) -> None:
+    with urllib.request.urlopen(f"http://{address}:9108/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    values = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+    total = len(topic_offsets(host, address))
+    # One process since the start, which no test before this one restarted.
+    assert values['clickstream_rows_read_total{query="bronze"}'] == total
+    assert values['clickstream_rows_written_total{table="silver.rejects"}'] == len(lake.offsets("silver/rejects"))
+    assert values['clickstream_rejects_total{code="not_json_object"}'] >= 1
+    assert values['clickstream_offsets_behind_latest{query="silver"}'] == 0
+    assert values['clickstream_batch_seconds_count{query="gold"}'] > 0
 
 
 def test_the_mart_holds_what_bronze_says(host: Host, lake: Lake, wait_until: Callable[..., Any]) -> None:

@@ -51,9 +51,32 @@ def test_passwords_are_kept_as_scram_and_users_own_no_more_than_their_database(h
         "FROM pg_authid WHERE rolcanlogin AND rolname <> 'postgres' ORDER BY 1"
     )
     rows = host.check_output("cd / && runuser -u postgres -- psql -X -At -c %s", statement).splitlines()
-    assert rows == ["airflow|SCRAM-SHA-256|f", "analytics|SCRAM-SHA-256|f"]
+    assert rows == ["airflow|SCRAM-SHA-256|f", "analytics|SCRAM-SHA-256|f", "dashboards|SCRAM-SHA-256|f"]
     owners = host.check_output(
         "cd / && runuser -u postgres -- psql -X -At -c %s",
         "SELECT datname, pg_get_userbyid(datdba) FROM pg_database WHERE datname IN ('airflow', 'analytics') ORDER BY 1",
     )
     assert owners.splitlines() == ["airflow|airflow", "analytics|analytics"]
+
+
+def test_a_reader_reads_what_the_owner_makes_and_writes_nothing(host: Host, address: str) -> None:
+    def ask(statement: str, user: str = "dashboards", database: str = "analytics") -> CommandResult:
+        return psql(host, address, user, statement, database)
+
+    # Made after the deployment, as the streams do.
+    made = ask("CREATE SCHEMA molecule; CREATE TABLE molecule.mart AS SELECT 42 AS answer", user="analytics")
+    assert made.rc == 0, made.stderr
+    read = ask("SELECT answer FROM molecule.mart")
+    assert read.stdout.strip() == "42", read.stderr
+    for statement in (
+        "DELETE FROM molecule.mart",
+        "INSERT INTO molecule.mart VALUES (1)",
+        "CREATE TABLE molecule.mine (x int)",
+        "CREATE SCHEMA mine",
+        "CREATE TEMP TABLE mine (x int)",
+        "SELECT rolpassword FROM pg_authid",
+    ):
+        refused = ask(statement)
+        assert refused.rc != 0 and "permission denied" in refused.stderr, (statement, refused.stderr)
+    assert "permission denied for database" in ask("SELECT 1", database="airflow").stderr
+    assert ask("DROP SCHEMA molecule CASCADE", user="analytics").rc == 0

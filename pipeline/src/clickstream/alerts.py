@@ -9,8 +9,7 @@ after a later one was folded changes no episode; `rebuild` folds the whole funne
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -18,15 +17,14 @@ from typing import TYPE_CHECKING, Any
 from delta.tables import DeltaTable
 from pyspark.sql import functions as F  # noqa: N812
 
-from clickstream.detector import Detector, Episode, ParameterError, Parameters
+from clickstream.detector import Detector, Episode, Parameters, parameters
 from clickstream.gold import FUNNEL_1M, utc
 from clickstream.lake import Table, locked, retry_conflicts
 from clickstream.marts import EVER, Mart, MartWriter, Part
 from clickstream.session import spark_session
-from clickstream.settings import PREFIX
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
     from datetime import datetime
 
     from pyspark.sql import SparkSession
@@ -86,28 +84,6 @@ ALERTS_MART = Mart(
 )
 
 Minute = tuple["datetime", str, int, int, int]
-
-
-def parameters(env: Mapping[str, str] | None = None) -> Parameters:
-    """The detector's parameters, each from CLICKSTREAM_ALERT_ and its name; an error names the variable."""
-    env = os.environ if env is None else env
-    prefix = f"{PREFIX}ALERT_"
-    values: dict[str, Any] = {}
-    for field in fields(Parameters):
-        raw = env.get(prefix + field.name.upper())
-        if raw is None:
-            continue
-        try:
-            values[field.name] = int(raw) if isinstance(field.default, int) else float(raw)
-        except ValueError:
-            raise ParameterError(
-                f"{prefix}{field.name.upper()}: {raw!r} is not a number; write for example {field.default}"
-            ) from None
-    try:
-        return Parameters(**values)
-    except ParameterError as error:
-        name, _, problem = str(error).partition(":")
-        raise ParameterError(f"{prefix}{name.upper()}:{problem}") from None
 
 
 def episodes(

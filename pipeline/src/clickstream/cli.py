@@ -51,6 +51,13 @@ def _hour(text: str) -> datetime:
     return moment
 
 
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port")
+    return port
+
+
 def _rows(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -82,6 +89,13 @@ def _parser() -> argparse.ArgumentParser:
         type=_some_of(STREAMS),
         default=list(STREAMS),
         help=f"comma-separated, of {', '.join(STREAMS)} (default: all)",
+    )
+    stream.add_argument(
+        "--metrics-port",
+        type=_port,
+        default=0,
+        metavar="PORT",
+        help="answer a Prometheus at this port, path /metrics (default: do not)",
     )
     job = commands.add_parser(
         "compact",
@@ -245,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "stream":
         from clickstream import streams
 
-        return streams.run(settings, args.queries)
+        return streams.run(settings, args.queries, args.metrics_port)
     from clickstream.detector import ParameterError
     from clickstream.lake import JobError
 

@@ -43,6 +43,7 @@ for opening only: with fewer views the bound rises by itself, and an episode tha
 from __future__ import annotations
 
 import math
+import os
 from bisect import bisect_left
 from collections import deque
 from dataclasses import asdict, dataclass, fields, replace
@@ -51,9 +52,12 @@ from functools import cached_property
 from statistics import NormalDist, median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+from clickstream.settings import PREFIX
 
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping, Sequence
+
+ALERT_PREFIX = f"{PREFIX}ALERT_"
 MINUTE = timedelta(minutes=1)
 # Of a normal distribution: standard deviation / median absolute deviation from the median.
 _MAD_SCALE = 1.4826
@@ -126,6 +130,27 @@ class Parameters:
     @staticmethod
     def _fail(name: str, problem: str, fix: str) -> None:
         raise ParameterError(f"{name}: {problem}; {fix}")
+
+
+def parameters(env: Mapping[str, str] | None = None) -> Parameters:
+    """The detector's parameters, each from CLICKSTREAM_ALERT_ and its name; an error names the variable."""
+    env = os.environ if env is None else env
+    values: dict[str, Any] = {}
+    for field in fields(Parameters):
+        raw = env.get(ALERT_PREFIX + field.name.upper())
+        if raw is None:
+            continue
+        try:
+            values[field.name] = int(raw) if isinstance(field.default, int) else float(raw)
+        except ValueError:
+            raise ParameterError(
+                f"{ALERT_PREFIX}{field.name.upper()}: {raw!r} is not a number; write for example {field.default}"
+            ) from None
+    try:
+        return Parameters(**values)
+    except ParameterError as error:
+        name, _, problem = str(error).partition(":")
+        raise ParameterError(f"{ALERT_PREFIX}{name.upper()}:{problem}") from None
 
 
 class Counts(NamedTuple):

@@ -15,6 +15,8 @@ from kafka import KafkaConsumer
 from kafka.structs import OffsetAndMetadata, TopicPartition
 from pyspark.sql.streaming.listener import StreamingQueryListener
 
+from clickstream import metrics
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -147,6 +149,8 @@ class ProgressListener(StreamingQueryListener):
         name = progress.name or str(progress.id)
         source = progress.sources[0] if progress.sources else None
         end = _json(source.endOffset) if source else None
+        extra = dict(self._extra.get(name, dict)())
+        metrics.observe(name, progress, extra)
         self._write(
             name,
             state="running",
@@ -158,7 +162,7 @@ class ProgressListener(StreamingQueryListener):
             durations_ms=dict(progress.durationMs),
             watermark=progress.eventTime.get("watermark"),
             end_offsets=end,
-            **self._extra.get(name, dict)(),
+            **extra,
         )
         if name in self._groups and isinstance(end, dict):
             self._groups[name].publish(end)

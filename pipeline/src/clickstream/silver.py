@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pyspark.sql import functions as F  # noqa: N812
 
+from clickstream import metrics
 from clickstream.lake import Table, append_once, query_id
 from clickstream.rules import PRICE_TYPE, RULESET_VERSION, check
 from clickstream.session import kafka_stream
@@ -161,6 +162,11 @@ def writer(settings: Settings) -> Callable[[DataFrame, int], None]:
                 if count:
                     files = -(-count // settings.rows_per_file)
                     append_once(rows.coalesce(files), settings.table(table.name), f"{app_id}/{table.name}", batch_id)
+                metrics.ROWS_WRITTEN.labels(table.name).inc(count)
+            if counts["rejects"]:
+                failed = batch.select(F.explode("codes").alias("code")).groupBy("code").count()
+                for row in failed.collect():
+                    metrics.REJECTS.labels(row["code"]).inc(row["count"])
         finally:
             batch.unpersist()
 

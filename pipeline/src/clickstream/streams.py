@@ -8,8 +8,11 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from clickstream import bronze, gold, sdnotify, silver
+from prometheus_client import start_http_server
+
+from clickstream import bronze, gold, metrics, sdnotify, silver
 from clickstream.progress import GroupPublisher, ProgressListener
+from clickstream.rules import RULES
 from clickstream.session import spark_session
 
 if TYPE_CHECKING:
@@ -78,12 +81,30 @@ def _start(
         spark.sparkContext.setLocalProperty("spark.scheduler.pool", None)  # type: ignore[arg-type]
 
 
-def run(settings: Settings, names: Sequence[str]) -> int:
-    """Exit code 0 after SIGTERM or SIGINT, 1 when a query failed."""
+def _serve_metrics(port: int, names: Sequence[str]) -> None:
+    """Answers scrapes at a port; a series is there from the start, so that its first increase is seen as one."""
+    for name in names:
+        metrics.ROWS_READ.labels(name)
+    if silver.QUERY in names:
+        for table in silver.TABLES:
+            metrics.ROWS_WRITTEN.labels(table.name)
+        for rule in RULES:
+            metrics.REJECTS.labels(rule.code)
+    start_http_server(port)
+
+
+def run(settings: Settings, names: Sequence[str], metrics_port: int = 0) -> int:
+    """Exit code 0 after SIGTERM or SIGINT, 1 when a query failed or the metrics' port is taken; port 0 is none."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
 
+    if metrics_port:
+        try:
+            _serve_metrics(metrics_port, names)
+        except OSError as error:
+            log.error("metrics cannot be served at port %d: %s; choose another --metrics-port", metrics_port, error)
+            return 1
     spark = spark_session(settings, "ecom-" + ("streams" if len(names) > 1 else names[0]), streams=True)
     # pyspark takes SIGINT for itself when the context starts
     signal.signal(signal.SIGINT, lambda *_: stop.set())
