@@ -58,9 +58,9 @@ class Gold:
         assert marts is not None
         self.marts = marts
 
-    def append(self, *events: dict[str, Any]) -> None:
+    def append(self, *events: dict[str, Any], sent: datetime = NOW + timedelta(days=1)) -> None:
         """One commit to silver.events, by Silver's own functions."""
-        records = silver.received(self.topic.records(list(events), at=NOW + timedelta(days=1)))
+        records = silver.received(self.topic.records(list(events), at=sent))
         rows = silver.events(silver.judge(records, self.settings)).coalesce(1)
         rows.write.format("delta").mode("append").save(self.settings.table("silver.events"))
 
@@ -306,3 +306,30 @@ def test_only_touched_windows_are_read(shop: Gold) -> None:
     window = datetime(2025, 11, 29, 13, 0, tzinfo=UTC)
     assert len(gold.in_windows(events, [window], gold.MINUTE).inputFiles()) <= 2
     assert [row["event_id"] for row in gold.in_windows(events, [window], gold.MINUTE).collect()] == ["evt_00000002"]
+
+
+def test_a_new_release_goes_on_over_the_lake_of_an_older_one(
+    spark: SparkSession, settings: Settings, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Silver's table gets its new columns while Gold's checkpoint is at a commit before them."""
+    added = ("event_hour", "session_key")
+    now = silver.EVENTS, silver.events
+    names = [field.name for field in silver.EVENTS.schema.fields if field.name not in added]
+    columns = ", ".join(
+        f"{field.name} {field.dataType.simpleString()}" for field in silver.EVENTS.schema if field.name in names
+    )
+    monkeypatch.setattr(silver, "EVENTS", replace(silver.EVENTS, columns=columns))
+    monkeypatch.setattr(silver, "events", lambda judged: now[1](judged).drop(*added))
+    shop = Gold(spark, settings, dsn)
+    shop.append(at(1, "12:00:10"))
+    shop.run()
+    # Not read yet when the old release stops.
+    shop.append(at(2, "12:05:00"))
+
+    monkeypatch.undo()
+    assert silver.EVENTS is now[0]
+    shop.prepare()
+    shop.append(at(3, "12:30:00"))
+    shop.run()
+    shop.check()
+    assert shop.flags() == {"12:00": True, "12:05": True, "12:30": False}

@@ -42,6 +42,7 @@ def test_a_trailing_slash_makes_no_difference() -> None:
         ("MAX_OFFSETS_PER_TRIGGER", "many", "whole number"),
         ("SHUFFLE_PARTITIONS", "0", "1 or more"),
         ("EXECUTOR_MEMORY", "1 GB", "'1g'"),
+        ("MART_RETENTION_DAYS", "7", "raise it, or lower CLICKSTREAM_MAX_EVENT_AGE"),
     ],
 )
 def test_a_wrong_value_is_named(name: str, value: str, message: str) -> None:

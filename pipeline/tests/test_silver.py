@@ -211,3 +211,19 @@ def test_ensure_is_idempotent_and_applies_a_changed_retention(spark: SparkSessio
     detail = table.detail().first()
     assert detail is not None
     assert detail["properties"]["delta.logRetentionDuration"] == "interval 72 hours"
+
+
+def test_a_table_of_an_older_release_gets_its_new_columns(stream: Stream, topic: Topic) -> None:
+    path = stream.settings.table("silver.events")
+    topic.append(stream.source, [event(1)])
+    stream.run()
+    rows = stream.spark.read.format("delta").load(path).drop("event_hour", "session_key")
+    rows.write.format("delta").mode("overwrite").option("overwriteSchema", "true").partitionBy("event_date").save(path)
+    silver.EVENTS.ensure(stream.spark, stream.settings)
+    topic.append(stream.source, [event(2)])
+    stream.run()
+    found = silver.EVENTS.read(stream.spark, stream.settings).orderBy("offset")
+    assert [tuple(row) for row in found.select("event_id", "event_hour", "session_key").collect()] == [
+        ("evt_00000001", None, None),
+        ("evt_00000002", 12, "user_0001/session_1001"),
+    ]

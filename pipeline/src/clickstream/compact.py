@@ -11,6 +11,7 @@ from delta.tables import DeltaTable
 
 from clickstream import account, alerts, bronze, gold, sessions, silver
 from clickstream.lake import retry_conflicts
+from clickstream.marts import MartWriter
 from clickstream.session import spark_session
 from clickstream.settings import size_bytes
 
@@ -79,10 +80,25 @@ def compact(spark: SparkSession, settings: Settings, vacuum: bool = True) -> lis
     return results
 
 
+def expire(settings: Settings) -> None:
+    """Removes from the marts of times what is past their retention; an episode of gold.product_alerts stays."""
+    marts = MartWriter(settings.marts_dsn, application_name="clickstream-compact")
+    try:
+        for mart in (*(windowed.mart for windowed in gold.WINDOWED), sessions.MART):
+            marts.ensure(mart)
+            if rows := marts.expire(mart, settings.mart_retention_days):
+                log.info("mart %s: %d rows older than %d days", mart.name, rows, settings.mart_retention_days)
+    finally:
+        marts.close()
+
+
 def run(settings: Settings, vacuum: bool) -> list[dict[str, Any]]:
     # One core and so one executor: the streams beside it need theirs more.
     spark = spark_session(replace(settings, spark_cores_max=1), "clickstream-compact")
     try:
-        return [asdict(result) for result in compact(spark, settings, vacuum)]
+        results = [asdict(result) for result in compact(spark, settings, vacuum)]
+        if vacuum and settings.marts_dsn:
+            expire(settings)
+        return results
     finally:
         spark.stop()

@@ -58,7 +58,8 @@ class Table:
         return schema
 
     def ensure(self, spark: SparkSession, settings: Settings) -> None:
-        """Creates the table when it is missing and sets its retention; changes nothing otherwise."""
+        """Creates the table when it is missing, adds columns that it lacks and sets its retention; changes nothing
+        otherwise. Rows that were there have no value in an added column."""
         hours = settings.retention_hours
         properties = {
             # A commit every few seconds: rarer checkpoints cost less than the short log they would save.
@@ -78,6 +79,12 @@ class Table:
                 f"PARTITIONED BY ({', '.join(self.partition_by)}) TBLPROPERTIES ({pairs(properties)})"
             )
         )
+        present = {name.lower() for name in self.read(spark, settings).columns}
+        added = [field for field in self.schema.fields if field.name.lower() not in present]
+        if added:
+            columns = ", ".join(f"{field.name} {field.dataType.simpleString()}" for field in added)
+            # Of two applications that add the same, the second finds that it need not.
+            retry_conflicts(lambda: spark.sql(f"ALTER TABLE {path} ADD COLUMNS ({columns})"))
         detail = DeltaTable.forPath(spark, settings.table(self.name)).detail().select("properties").first()
         assert detail is not None
         changed = {k: v for k, v in properties.items() if detail["properties"].get(k) != v}

@@ -137,6 +137,31 @@ class MartWriter:
 
         self._transact(work)
 
+    def kept_since(self, mart: Mart, days: int) -> datetime | None:
+        """The start of the day that is so many days before the mart's newest row; None while it has no row.
+
+        By its rows and not by the clock: events that are replayed from a file are not past their time on arrival.
+        """
+        query = sql.SQL(
+            "SELECT date_trunc('day', max({time}), 'UTC') - make_interval(hours => 24 * %s) FROM {table}"
+        ).format(time=sql.Identifier(mart.time), table=mart.table)
+
+        def work(connection: psycopg.Connection[Any]) -> datetime | None:
+            row = connection.execute(query, (days,)).fetchone()
+            return row[0] if row else None
+
+        return self._transact(work)
+
+    def expire(self, mart: Mart, days: int) -> int:
+        """Removes the rows before `kept_since`; how many there were."""
+        since = self.kept_since(mart, days)
+        if since is None:
+            return 0
+        query = sql.SQL("DELETE FROM {table} WHERE {time} < %s").format(
+            time=sql.Identifier(mart.time), table=mart.table
+        )
+        return self._transact(lambda connection: connection.execute(query, (since,)).rowcount)
+
     def reconcile(self, parts: Sequence[Part], *, swap: bool) -> list[Difference]:
         """How each mart differs from its part's rows; with `swap` it then holds exactly them.
 

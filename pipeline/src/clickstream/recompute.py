@@ -32,7 +32,7 @@ from clickstream.settings import seconds
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import Column, DataFrame, SparkSession
 
     from clickstream.settings import Settings
 
@@ -53,13 +53,15 @@ class Span:
 class Target:
     """A Gold table: where it is served, and what its rows are for a span.
 
-    `rows` is given silver.events, the span, and the horizon before which nothing changes any more; its columns are the
-    table's without the date. `before` and `after` are how far from a span rows begin that its events can change.
+    `rows` is given silver.events and the span; its columns are the table's without the date. `settled`, given the
+    horizon before which nothing changes any more, tells which rows are final; None is all of them. `before` and `after`
+    are how far from a span rows begin that its events can change.
     """
 
     table: Table
     mart: Mart
-    rows: Callable[[DataFrame, Span, datetime], DataFrame]
+    rows: Callable[[DataFrame, Span], DataFrame]
+    settled: Callable[[datetime], Column] | None = None
     before: timedelta = timedelta(0)
     after: timedelta = timedelta(0)
 
@@ -83,14 +85,14 @@ def _windowed(windowed: gold.Windowed) -> Target:
     return Target(
         windowed.table,
         windowed.mart,
-        lambda events, span, horizon: windowed.figures(silver.between(events, span.start, span.end)),
+        lambda events, span: windowed.figures(silver.between(events, span.start, span.end)),
     )
 
 
-def _sessions(events: DataFrame, span: Span, horizon: datetime) -> DataFrame:
+def _sessions(events: DataFrame, span: Span) -> DataFrame:
     # An event's visit began at most GAP before the span if it began outside, and ends at most LONGEST after it.
     read = silver.between(events, span.start - sessions.GAP, span.end + sessions.LONGEST)
-    return sessions.ended(sessions.starting(sessions.sessions(read), span.start, span.end), horizon)
+    return sessions.starting(sessions.sessions(read), span.start, span.end)
 
 
 TARGETS = {
@@ -102,6 +104,7 @@ TARGETS = {
             sessions.TABLE,
             sessions.MART,
             _sessions,
+            sessions.ended,
             before=sessions.LONGEST,
             after=sessions.GAP,
         ),
@@ -135,12 +138,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Report:
-    """`end` is before the end that was asked for when the last hours are not final yet."""
+    """`end` is before the end that was asked for when the last hours are not final yet; `left_out` counts the rows of
+    the hours before it that may still change: visits that may go on."""
 
     start: str
     end: str
     asked: str
     swapped: bool
+    left_out: int
     lines: list[Line]
 
     @property
@@ -221,14 +226,17 @@ def recompute(
     version = DeltaTable.forPath(spark, settings.table(silver.EVENTS.name)).history(1).collect()[0]["version"]
     events = silver.EVENTS.read(spark, settings, version)
     lines: list[Line] = []
+    left_out = 0
     with contextlib.ExitStack() as stack:
         shadows: list[tuple[Target, DataFrame, int]] = []
         for target in targets:
             began = time.monotonic()
             scope = target.reach(span)
-            shadow = target.rows(events, scope, until).persist()
-            stack.callback(shadow.unpersist)
+            computed = target.rows(events, scope).persist()
+            stack.callback(computed.unpersist)
+            shadow = computed.where(target.settled(until)) if target.settled else computed
             shadows.append((target, shadow, shadow.count()))
+            left_out += computed.count() - shadows[-1][2] if target.settled else 0
             served = target.within(target.table.read(spark, settings), scope)
             found = compare(served, shadow, target.mart.key)
             if found.any and not dry_run:
@@ -241,26 +249,33 @@ def recompute(
             stack.callback(marts.close)
             for target in targets:
                 marts.ensure(target.mart)
-            in_marts = marts.reconcile(
-                [
-                    Part(target.mart, _reader(target, shadow), scope.start, scope.end)
-                    for target, shadow, _ in shadows
-                    for scope in [target.reach(span)]
-                ],
-                swap=not dry_run,
-            )
+            parts = []
+            for target, shadow, _ in shadows:
+                kept = _kept(target.reach(span), marts.kept_since(target.mart, settings.mart_retention_days))
+                parts.append(Part(target.mart, _reader(target, shadow, kept), kept.start, kept.end))
+            in_marts = marts.reconcile(parts, swap=not dry_run)
             for (target, _, rows), found in zip(shadows, in_marts, strict=True):
                 lines.append(Line.of(target, "mart", rows, found))
         else:
             log.warning("CLICKSTREAM_MARTS_DSN is not set: no Postgres mart is compared")
     start, end, until_asked = (f"{moment:%Y-%m-%dT%H:%MZ}" for moment in (span.start, span.end, asked.end))
-    return Report(start, end, until_asked, not dry_run, lines)
+    return Report(start, end, until_asked, not dry_run, left_out, lines)
 
 
-def _reader(target: Target, shadow: DataFrame) -> Callable[[], Iterator[tuple[Any, ...]]]:
+def _kept(span: Span, since: datetime | None) -> Span:
+    """What of a span a mart still keeps; an empty one at its end when it keeps nothing of it."""
+    if since is None or since <= span.start:
+        return span
+    start = min(since, span.end)
+    log.warning("the marts keep nothing before %s; it is not compared with them", f"{since:%Y-%m-%dT%H:%MZ}")
+    return Span(start, span.end)
+
+
+def _reader(target: Target, shadow: DataFrame, span: Span) -> Callable[[], Iterator[tuple[Any, ...]]]:
     """The shadow's rows as the mart has them, from the start at each call; one partition at a time on the driver."""
     tail = (True,) if "is_final" in target.mart.columns else ()
-    return lambda: ((*gold.in_utc(row), *tail) for row in shadow.toLocalIterator())
+    kept = shadow.where(F.col(target.mart.time) >= F.lit(span.start))
+    return lambda: ((*gold.in_utc(row), *tail) for row in kept.toLocalIterator())
 
 
 def as_dict(report: Report) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from clickstream.marts import Mart
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from pyspark.sql import DataFrame
+    from pyspark.sql import Column, DataFrame
 
 GAP = timedelta(minutes=30)
 LONGEST = timedelta(hours=24)
@@ -122,8 +122,6 @@ def starting(visits: DataFrame, start: datetime, end: datetime) -> DataFrame:
     return visits.where((F.col("session_start") >= F.lit(start)) & (F.col("session_start") < F.lit(end)))
 
 
-def ended(visits: DataFrame, horizon: datetime) -> DataFrame:
-    """Those that no event after the horizon can still change."""
-    return visits.where(
-        (F.col("session_end") <= F.lit(horizon - GAP)) | (F.col("session_start") <= F.lit(horizon - LONGEST))
-    )
+def ended(horizon: datetime) -> Column:
+    """Whether no event after the horizon can still change a visit."""
+    return (F.col("session_end") <= F.lit(horizon - GAP)) | (F.col("session_start") <= F.lit(horizon - LONGEST))

@@ -75,6 +75,8 @@ class Settings:
     compact_target_size: str = "128m"
     # How long replaced data files and table history stay: longer than the longest stop of a reader.
     retention_hours: int = 48
+    # How many days behind its newest row a mart goes back. Delta keeps everything.
+    mart_retention_days: int = 90
 
     def __post_init__(self) -> None:
         uri = urlsplit(self.lake_uri)
@@ -109,6 +111,13 @@ class Settings:
                 "max_clock_skew",
                 f"{self.max_clock_skew} is more than half of the watermark, {self.watermark}",
                 f"lower it, or raise {PREFIX}WATERMARK",
+            )
+        # Else an event that is believed would be counted in a window that is gone, as if it were all of it.
+        if self.mart_retention_days * 86400 < seconds(self.max_event_age) + 86400:
+            self._fail(
+                "mart_retention_days",
+                f"{self.mart_retention_days} is less than a day more than the age of events, {self.max_event_age}",
+                f"raise it, or lower {PREFIX}MAX_EVENT_AGE",
             )
         for name in ("executor_memory", "driver_memory", "max_bytes_per_trigger", "compact_target_size"):
             self._check(name, size_bytes)

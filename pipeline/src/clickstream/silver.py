@@ -33,7 +33,8 @@ EVENTS = Table(
     event_id STRING, event_time TIMESTAMP, user_id STRING, session_id STRING, product_id STRING,
     product_category STRING, event_type STRING, device_type STRING, page_url STRING, price {PRICE_TYPE},
     topic STRING, partition INT, offset BIGINT, kafka_timestamp TIMESTAMP,
-    ruleset_version INT, processed_at TIMESTAMP, event_date DATE
+    ruleset_version INT, processed_at TIMESTAMP, event_date DATE,
+    event_hour INT, session_key STRING
     """,
     partition_by=("event_date",),
 )
@@ -124,6 +125,9 @@ def events(judged: DataFrame) -> DataFrame:
         F.lit(RULESET_VERSION).alias("ruleset_version"),
         F.col("received_at").alias("processed_at"),
         F.to_date("event_time").alias("event_date"),
+        F.hour("event_time").alias("event_hour"),
+        # A session's number is a user's own: events of one visitor, in the order of (event_time, event_id).
+        F.concat_ws("/", "e.user_id", "e.session_id").alias("session_key"),
     )
 
 
