@@ -115,6 +115,11 @@ unit: $(VENV) $(TEST_VENV) $(TEST_JARS).stamp ## The package, on local Spark and
 crash: $(VENV) $(TEST_VENV) $(TEST_JARS).stamp $(KAFKA_JARS).stamp ## Kill the streams at random points, then count everything again: ARGS="--kills 30 --seed 7"
 	$(PACKAGE_TESTS) -s tests/test_crash.py $(or $(ARGS),--kills 30)
 
+.PHONY: bench
+bench: $(VENV) $(TEST_VENV) $(TEST_JARS).stamp $(KAFKA_JARS).stamp ## Rates and ratios of producers, streams and batch layer: ARGS="--only silver --repeat 5"
+	cd pipeline && CLICKSTREAM_TEST_JARS=$(CURDIR)/$(TEST_JARS) CLICKSTREAM_TEST_KAFKA_JARS=$(CURDIR)/$(KAFKA_JARS) \
+	  PYTHONPATH=src ../.cache/test-venv/bin/python tests/bench.py $(ARGS)
+
 .PHONY: molecule
 molecule: $(VENV) ## One role in a guest of its own: ROLE=kafka; without ROLE all of them
 	@ansible/scripts/prepare-host guests

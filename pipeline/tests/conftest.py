@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import machine
 import psycopg
 import pytest
 
@@ -42,51 +43,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=7, help="of the crash test's records and points (default: 7)")
 
 
-def _jars() -> list[Path]:
-    directory = os.environ.get("CLICKSTREAM_TEST_JARS", "")
-    jars = sorted(Path(directory).glob("*.jar")) if directory else []
-    if not any("delta-spark" in jar.name for jar in jars):
-        pytest.exit(
-            "CLICKSTREAM_TEST_JARS must name a directory with the jars of Delta Lake and Spark's Kafka source; "
-            "`make unit` provides it",
-            returncode=3,
-        )
-    return jars
-
-
-def _compile(target: Path) -> Path:
-    """The lake's file system, compiled with nothing but a Java runtime, as a node does it."""
-    import pyspark
-
-    source = Path(__file__).parents[2] / "roles/spark/files/LakeFs.java"
-    hadoop = next((Path(pyspark.__file__).parent / "jars").glob("hadoop-client-api-*.jar"))
-    java = Path(os.environ["JAVA_HOME"]) / "bin" / "java" if os.environ.get("JAVA_HOME") else "java"
-    compiler = [java, "-m", "jdk.compiler/com.sun.tools.javac.Main", "-Xlint:all,-classfile"]
-    storage = next(jar for jar in _jars() if jar.name.startswith("delta-storage-"))
-    subprocess.run([*compiler, "-Werror", "-cp", f"{hadoop}:{storage}", "-d", target, source], check=True)
-    return target
-
-
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     """The production session on two local cores; only what a node's spark-defaults.conf would say is added."""
     conf = tmp_path_factory.mktemp("spark-conf")
-    classes = _compile(tmp_path_factory.mktemp("classes"))
+    classes = machine.file_system(tmp_path_factory.mktemp("classes"))
     (conf / "spark-defaults.conf").write_text(
-        f"spark.driver.extraClassPath {':'.join(map(str, [classes, *_jars()]))}\n"
-        f"spark.local.dir {tmp_path_factory.mktemp('spark-local')}\n"
-        f"spark.sql.warehouse.dir {tmp_path_factory.mktemp('warehouse')}\n"
-        "spark.hadoop.fs.AbstractFileSystem.file.impl clickstream.LakeFs\n"
-        "spark.hadoop.fs.file.impl clickstream.LakeFs$Local\n"
-        "spark.delta.logStore.file.impl clickstream.LakeFs$Log\n"
-        "spark.ui.enabled false\n"
+        machine.spark_defaults(classes, tmp_path_factory.mktemp("spark"))
         # A JVM that lives for minutes earns back neither the compiling of many small plans nor the optimising
         # compiler. The tests of the role and end to end run as the services do, with both.
-        "spark.sql.codegen.wholeStage false\n"
+        + "spark.sql.codegen.wholeStage false\n"
         "spark.sql.codegen.factoryMode NO_CODEGEN\n"
         "spark.driver.extraJavaOptions -XX:TieredStopAtLevel=1\n"
-        "spark.driver.host 127.0.0.1\n"
-        "spark.driver.bindAddress 127.0.0.1\n"
         # the state of a query that a test stopped is not needed for long
         "spark.sql.streaming.stateStore.maintenanceInterval 600s\n"
     )

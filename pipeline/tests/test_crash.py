@@ -16,19 +16,16 @@ run.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import itertools
 import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections import Counter
 from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
@@ -36,9 +33,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import duckdb
+import machine
 import psycopg
 import pytest
-from confluent_kafka.admin import AdminClient, NewTopic
 from pyspark.sql.types import TimestampType
 from test_oracle import COLUMNS, ORACLES
 
@@ -84,55 +81,11 @@ COUNTED = ("bronze", "events", "invalid", "duplicates", "conflicting", "late_add
 Position = tuple[int, int]
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [opened.getsockname()[1] for opened in sockets]
-    for opened in sockets:
-        opened.close()
-    return ports
-
-
 @pytest.fixture
 def broker(tmp_path: Path) -> Iterator[str]:
-    """A Kafka broker with an empty topic; its address."""
-    jars = Path(os.environ.get("CLICKSTREAM_TEST_KAFKA_JARS", ""))
-    if not any(jars.glob("kafka_*.jar")):
-        pytest.fail("CLICKSTREAM_TEST_KAFKA_JARS must name a directory with Kafka's jars; `make crash` provides it")
-    port, controller = _free_ports(2)
-    home = tmp_path / "kafka"
-    home.mkdir()
-    (home / "log4j.properties").write_text(
-        "log4j.rootLogger=WARN, err\nlog4j.appender.err=org.apache.log4j.ConsoleAppender\n"
-        "log4j.appender.err.layout=org.apache.log4j.SimpleLayout\n"
-    )
-    config = home / "server.properties"
-    config.write_text(
-        "process.roles=broker,controller\nnode.id=1\n"
-        f"controller.quorum.voters=1@127.0.0.1:{controller}\ncontroller.listener.names=CONTROLLER\n"
-        f"listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}\n"
-        f"log.dirs={home}/data\nauto.create.topics.enable=false\n"
-        "offsets.topic.replication.factor=1\noffsets.topic.num.partitions=1\n"
-    )
-    java = str(Path(os.environ["JAVA_HOME"]) / "bin" / "java") if os.environ.get("JAVA_HOME") else "java"
-    command = [java, "-Xmx256m", "-XX:TieredStopAtLevel=1", "-cp", f"{home}:{jars.resolve()}/*"]
-    with (home / "output").open("wb") as output:
-        name = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        subprocess.run(
-            [*command, "kafka.tools.StorageTool", "format", "--cluster-id", name, "--config", config],
-            check=True,
-            stdout=output,
-            stderr=output,
-        )
-        process = subprocess.Popen([*command, "kafka.Kafka", config], stdout=output, stderr=output)
-    try:
-        address = f"127.0.0.1:{port}"
-        admin = AdminClient({"bootstrap.servers": address, "log_level": 0})
-        created = admin.create_topics([NewTopic(TOPIC, PARTITIONS, 1)], request_timeout=60, operation_timeout=60)
-        created[TOPIC].result()
+    """A Kafka broker with an empty topic; its address. The quorum is not what is tested."""
+    with machine.kafka(tmp_path / "kafka", {TOPIC: PARTITIONS}) as address:
         yield address
-    finally:
-        process.kill()
-        process.wait()
 
 
 class Sent(NamedTuple):
