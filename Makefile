@@ -61,6 +61,10 @@ account: $(VENV) ## Account for every offset: classify what deduplication droppe
 recompute: $(VENV) ## Compute Gold again, report and repair what differs: ARGS="--from 2025-11-29T00:00Z --to 2025-11-30T00:00Z"
 	@$(PLATFORM) run pipeline -- sudo -u pipeline clickstream recompute $(ARGS)
 
+.PHONY: backfill
+backfill: $(VENV) ## Judge records again by another version of the rules: ARGS="--ruleset 2 --dry-run"; ARGS=--rollback takes it back
+	@$(PLATFORM) run pipeline -- sudo -u pipeline clickstream backfill $(ARGS)
+
 .PHONY: alerts
 alerts: $(VENV) ## Products with high interest and low conversion, from the minutes that became final since the last run
 	@$(PLATFORM) run pipeline -- sudo -u pipeline clickstream alerts $(ARGS)

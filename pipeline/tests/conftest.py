@@ -119,9 +119,10 @@ def as_text(row: Row, names: Iterable[str]) -> list[str]:
 class Topic:
     """Records with Kafka's columns; each takes the next offset of its partition, as a broker would give it."""
 
-    def __init__(self, spark: SparkSession, partitions: int = 3) -> None:
+    def __init__(self, spark: SparkSession, partitions: int = 3, start: int = 0) -> None:
+        """The first partition goes on at an offset."""
         self._spark = spark
-        self._next = [0] * partitions
+        self._next = [start] + [0] * (partitions - 1)
 
     def records(
         self, values: Iterable[dict[str, Any] | bytes | None], at: datetime = NOW, partition: int = 0

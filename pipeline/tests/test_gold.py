@@ -61,7 +61,7 @@ class Gold:
     def append(self, *events: dict[str, Any], sent: datetime = NOW + timedelta(days=1)) -> None:
         """One commit to silver.events, by Silver's own functions."""
         records = silver.received(self.topic.records(list(events), at=sent))
-        rows = silver.events(silver.judge(records, self.settings)).coalesce(1)
+        rows = silver.events(silver.judge(records, self.settings), self.settings).coalesce(1)
         rows.write.format("delta").mode("append").save(self.settings.table("silver.events"))
 
     def run(self, writer: gold.GoldWriter | None = None) -> gold.GoldWriter:
@@ -291,7 +291,7 @@ def test_without_a_mart_delta_is_still_written(spark: SparkSession, settings: Se
     assert gold.prepare(spark, settings) is None
     writer = gold.GoldWriter(spark, settings, None)
     records = silver.received(Topic(spark).records([at(1, "12:00:00"), at(2, "12:30:00")], at=NOW + timedelta(days=1)))
-    rows = silver.events(silver.judge(records, settings))
+    rows = silver.events(silver.judge(records, settings), settings)
     rows.write.format("delta").mode("append").save(settings.table("silver.events"))
     gold.build(spark, settings, writer).trigger(availableNow=True).start().awaitTermination()
     assert gold.FUNNEL_1M.table.read(spark, settings).count() == 1

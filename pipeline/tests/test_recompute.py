@@ -161,7 +161,7 @@ def test_a_visit_is_the_same_in_whatever_range(spark: SparkSession, settings: Se
     robot = [visit(n, 29 * n, "user_0009") for n in range(60)]
     people = [visit(100 + n, n * 37 % 1800, f"user_{n % 3:04d}") for n in range(90)]
     records = silver.received(Topic(spark).records([*robot, *people], at=day + timedelta(days=2)))
-    events = silver.events(silver.judge(records, settings)).persist()
+    events = silver.events(silver.judge(records, settings), settings).persist()
     horizon = day + timedelta(days=3)
 
     def visits(*bounds: int) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from datetime import UTC, datetime, timedelta
@@ -174,10 +175,38 @@ def test_codes(name: str, found: dict[str, list[str]]) -> None:
         assert found[name] == expected
 
 
-def test_every_rule_has_a_failing_and_a_passing_example(found: dict[str, list[str]]) -> None:
-    failing = {code for codes in found.values() for code in codes}
+# Judged otherwise by rule set 2.
+BY_2: dict[str, tuple[bytes, list[str]]] = {
+    "valid": (raw(), []),
+    "a new kind of device": (raw(device_type="fridge"), []),
+    "a device in capitals": (raw(device_type="Fridge"), ["device_format"]),
+    "a device of one letter": (raw(device_type="x"), ["device_format"]),
+    "the largest price": (raw(price=100_000), []),
+    "a larger price": (raw(price=100_000.01), ["price_implausible"]),
+}
+
+
+def test_every_rule_has_a_failing_and_a_passing_example(spark: SparkSession, found: dict[str, list[str]]) -> None:
+    from clickstream.settings import Settings
+
+    by_2 = check(spark, Settings(lake_uri="file:///unused", ruleset_version=2), [value for value, _ in BY_2.values()])
+    assert dict(zip(BY_2, by_2, strict=True)) == {name: codes for name, (_, codes) in BY_2.items()}
+    failing = {code for codes in (*found.values(), *by_2) for code in codes}
     assert failing == {rule.code for rule in rules.RULES}
     assert [] in found.values()
+
+
+def test_a_rule_set_that_has_judged_records_stays_as_it_was() -> None:
+    """A row's ruleset_version is worth something only then. Has a rule changed? See how, at the top of rules.py."""
+    from clickstream.settings import RULESET_VERSIONS
+
+    told = {
+        version: hashlib.sha256(
+            repr([(rule.code, rule.fails) for rule in rules.RULES if rule.applies(version)]).encode()
+        ).hexdigest()[:12]
+        for version in RULESET_VERSIONS
+    }
+    assert told == {1: "88bb2e6a8111", 2: "d95cfd03158b"}
 
 
 def test_codes_are_unique_and_explained() -> None:
@@ -226,10 +255,10 @@ def test_a_rejects_bytes_and_place_are_kept(spark: SparkSession, settings: Setti
     from conftest import KAFKA_COLUMNS
 
     judged = silver.judge(silver.received(spark.createDataFrame(rows, KAFKA_COLUMNS)), settings)
-    (reject,) = silver.rejects(judged).collect()
+    (reject,) = silver.rejects(judged, settings).collect()
     assert (bytes(reject["key"]), bytes(reject["value"])) == (b"\xff\x00", blob)
     assert (reject["topic"], reject["partition"], reject["offset"]) == ("t", 2, 7)
-    assert (reject["disposition"], reject["ruleset_version"]) == ("invalid", rules.RULESET_VERSION)
+    assert (reject["disposition"], reject["ruleset_version"]) == ("invalid", settings.ruleset_version)
 
 
 def test_a_malformed_record_fails_the_rule_that_its_truth_names(spark: SparkSession, settings: Settings) -> None:

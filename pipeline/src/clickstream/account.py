@@ -28,7 +28,7 @@ from pyspark.sql import functions as F  # noqa: N812
 
 from clickstream import bronze, silver
 from clickstream.lake import JobError, Table, append_once, locked
-from clickstream.rules import RULESET_VERSION, check
+from clickstream.rules import check
 from clickstream.session import spark_session
 
 if TYPE_CHECKING:
@@ -142,17 +142,20 @@ def classify(candidates: DataFrame, known: DataFrame) -> DataFrame:
     """What each valid record that is not in Silver is: adds `disposition` to the candidates. Pure.
 
     Both have `event_id`, `kafka_timestamp`, the position and the content. The record that counts is the one that
-    is in Silver, else the earliest by Kafka's clock, then by partition and offset.
+    is known, else a candidate that is `served` (there already, and judged again), else the earliest by Kafka's clock,
+    then by partition and offset.
     """
     content = F.struct(*CONTENT)
-    columns = ["event_id", *POSITION, "kafka_timestamp", "own"]
+    columns = ["event_id", *POSITION, "kafka_timestamp", "own", "served"]
     mine = candidates.select("*", content.alias("own"), F.lit(False).alias("is_known"))
     theirs = (
         known.join(F.broadcast(candidates.select("event_id").distinct()), "event_id", "left_semi")
-        .select("*", content.alias("own"))
+        .select("*", content.alias("own"), F.lit(True).alias("served"))
         .select(*columns, F.lit(True).alias("is_known"))
     )
-    first = Window.partitionBy("event_id").orderBy(F.col("is_known").desc(), "kafka_timestamp", "partition", "offset")
+    first = Window.partitionBy("event_id").orderBy(
+        F.col("is_known").desc(), F.col("served").desc(), "kafka_timestamp", "partition", "offset"
+    )
     judged = (
         mine.select(*columns, "is_known")
         .unionByName(theirs)
@@ -170,12 +173,10 @@ def classify(candidates: DataFrame, known: DataFrame) -> DataFrame:
     return candidates.join(judged, list(POSITION))
 
 
-def _ranges(spark: SparkSession, settings: Settings, ends: Mapping[tuple[str, int], int]) -> DataFrame:
-    """From where to where each partition is to be accounted for: topic, partition, start, end (exclusive)."""
-    rows = [(topic, partition, end) for (topic, partition), end in sorted(ends.items())]
-    until = spark.createDataFrame(rows, "topic STRING, partition INT, end BIGINT")
+def accounted(spark: SparkSession, settings: Settings) -> DataFrame:
+    """Up to where each partition is accounted for: topic, partition, accounted (exclusive)."""
     # A range with something unexplained is looked at again, with all after it.
-    done = (
+    return (
         LEDGER.read(spark, settings)
         .groupBy("topic", "partition")
         .agg(F.max_by(F.struct("start_offset", "end_offset", "unexplained"), "accounted_at").alias("last"))
@@ -187,9 +188,15 @@ def _ranges(spark: SparkSession, settings: Settings, ends: Mapping[tuple[str, in
             .alias("accounted"),
         )
     )
+
+
+def _ranges(spark: SparkSession, settings: Settings, ends: Mapping[tuple[str, int], int]) -> DataFrame:
+    """From where to where each partition is to be accounted for: topic, partition, start, end (exclusive)."""
+    rows = [(topic, partition, end) for (topic, partition), end in sorted(ends.items())]
+    until = spark.createDataFrame(rows, "topic STRING, partition INT, end BIGINT")
     first = bronze.CLICKSTREAM.read(spark, settings).groupBy("topic", "partition").agg(F.min("offset").alias("first"))
     found = (
-        until.join(done, ["topic", "partition"], "left")
+        until.join(accounted(spark, settings), ["topic", "partition"], "left")
         .join(first, ["topic", "partition"], "left")
         .select("topic", "partition", F.coalesce("accounted", "first", F.lit(0)).alias("start"), "end")
         .where("end > start")
@@ -198,7 +205,7 @@ def _ranges(spark: SparkSession, settings: Settings, ends: Mapping[tuple[str, in
     return spark.createDataFrame([tuple(row) for row in found], "topic STRING, partition INT, start BIGINT, end BIGINT")
 
 
-def _within(rows: DataFrame, ranges: DataFrame) -> DataFrame:
+def within(rows: DataFrame, ranges: DataFrame) -> DataFrame:
     return (
         rows.join(F.broadcast(ranges), ["topic", "partition"])
         .where((F.col("offset") >= F.col("start")) & (F.col("offset") < F.col("end")))
@@ -210,8 +217,13 @@ def _missing(spark: SparkSession, settings: Settings, ranges: DataFrame) -> Data
     """Bronze's records that Silver has nowhere, with the rules' verdict."""
     known = silver.EVENTS.read(spark, settings).select(*POSITION)
     known = known.unionByName(silver.REJECTS.read(spark, settings).select(*POSITION))
-    archived = _within(bronze.CLICKSTREAM.read(spark, settings), ranges)
-    raw = archived.join(_within(known, ranges), list(POSITION), "left_anti").select(
+    archived = within(bronze.CLICKSTREAM.read(spark, settings), ranges)
+    return judged(archived.join(within(known, ranges), list(POSITION), "left_anti"), settings)
+
+
+def judged(archived: DataFrame, settings: Settings) -> DataFrame:
+    """Bronze's records with the rules' verdict and, where valid, the columns that `classify` asks for. Pure."""
+    raw = archived.select(
         *POSITION,
         F.col("timestamp").alias("kafka_timestamp"),
         "timestamp_type",
@@ -219,17 +231,22 @@ def _missing(spark: SparkSession, settings: Settings, ranges: DataFrame) -> Data
         "key",
         "value",
     )
-    return check(raw, settings)
+    return check(raw, settings).select(
+        *POSITION, "kafka_timestamp", "timestamp_type", "received_at", "key", "value", "codes", "e", "event_time",
+        F.col("amount").alias("price"), "e.event_id", "e.user_id", "e.session_id", "e.product_id",
+        "e.product_category", "e.event_type", "e.device_type", "e.page_url",
+    )  # fmt: skip
 
 
-def _rejects(rows: DataFrame, disposition: str | Column) -> DataFrame:
+def rejects(rows: DataFrame, disposition: str | Column, settings: Settings) -> DataFrame:
+    """What a bounded job writes to silver.rejects."""
     return rows.select(
         *POSITION,
         "kafka_timestamp",
         "timestamp_type",
         (F.lit(disposition) if isinstance(disposition, str) else disposition).alias("disposition"),
         "codes",
-        F.lit(RULESET_VERSION).alias("ruleset_version"),
+        F.lit(settings.ruleset_version).alias("ruleset_version"),
         F.current_timestamp().alias("rejected_at"),
         "key",
         "value",
@@ -243,22 +260,17 @@ def complete(spark: SparkSession, settings: Settings, ranges: DataFrame) -> Coun
     checked = _missing(spark, settings, ranges).persist()
     try:
         invalid = checked.where(F.size("codes") > 0)
-        valid = checked.where(F.size("codes") == 0).withColumn("price", F.col("amount"))
-        candidates = valid.select(
-            *POSITION, "kafka_timestamp", "timestamp_type", "received_at", "key", "value", "codes", "e", "event_time",
-            "price", "e.event_id", "e.user_id", "e.session_id", "e.product_id", "e.product_category", "e.event_type",
-            "e.device_type", "e.page_url",
-        )  # fmt: skip
+        candidates = checked.where(F.size("codes") == 0).withColumn("served", F.lit(False))
         classified = classify(candidates, silver.EVENTS.read(spark, settings)).persist()
         try:
             late = classified.where(F.col("disposition") == LATE)
             added = Counter((row["topic"], row["partition"]) for row in late.select("topic", "partition").collect())
-            dropped = _rejects(invalid, silver.INVALID).unionByName(
-                _rejects(classified.where(F.col("disposition") != LATE), F.col("disposition"))
+            dropped = rejects(invalid, silver.INVALID, settings).unionByName(
+                rejects(classified.where(F.col("disposition") != LATE), F.col("disposition"), settings)
             )
             # Rejects first: what a crash leaves undone is missing still, and the next run finds it.
             version = time.time_ns() // 1_000_000
-            for table, rows in ((silver.REJECTS, dropped), (silver.EVENTS, silver.events(late))):
+            for table, rows in ((silver.REJECTS, dropped), (silver.EVENTS, silver.events(late, settings))):
                 if not rows.isEmpty():
                     append_once(rows.coalesce(1), settings.table(table.name), f"account/{table.name}", version)
         finally:
@@ -270,11 +282,9 @@ def complete(spark: SparkSession, settings: Settings, ranges: DataFrame) -> Coun
 
 def ledger(spark: SparkSession, settings: Settings, ranges: DataFrame) -> tuple[DataFrame, DataFrame]:
     """The conservation law over these ranges: a row of counts for each, and the offsets that break it."""
-    archived = _within(bronze.CLICKSTREAM.read(spark, settings).select(*POSITION), ranges)
-    events = _within(silver.EVENTS.read(spark, settings).select(*POSITION), ranges).withColumn("kind", F.lit("events"))
-    rejects = _within(
-        silver.REJECTS.read(spark, settings).select(*POSITION, F.col("disposition").alias("kind")), ranges
-    )
+    archived = within(bronze.CLICKSTREAM.read(spark, settings).select(*POSITION), ranges)
+    events = within(silver.EVENTS.read(spark, settings).select(*POSITION), ranges).withColumn("kind", F.lit("events"))
+    refused = within(silver.REJECTS.read(spark, settings).select(*POSITION, F.col("disposition").alias("kind")), ranges)
     expected = (
         ranges.select("topic", "partition", "end", F.explode(F.expr(f"sequence(start, end - 1, {PIECE})")).alias("at"))
         .repartition(spark.sparkContext.defaultParallelism)
@@ -282,7 +292,7 @@ def ledger(spark: SparkSession, settings: Settings, ranges: DataFrame) -> tuple[
     )
     in_bronze = archived.groupBy(*POSITION).agg(F.count("*").alias("bronze"))
     in_silver = (
-        events.unionByName(rejects)
+        events.unionByName(refused)
         .groupBy(*POSITION)
         .agg(
             F.count("*").alias("silver"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from delta.tables import DeltaTable
 
-from clickstream import account, alerts, bronze, gold, sessions, silver
+from clickstream import account, alerts, backfill, bronze, gold, sessions, silver
 from clickstream.lake import retry_conflicts
 from clickstream.marts import MartWriter
 from clickstream.session import spark_session
@@ -27,6 +27,7 @@ TABLES: tuple[Table, ...] = (
     *bronze.TABLES,
     *silver.TABLES,
     account.LEDGER,
+    backfill.BACKFILLS,
     *gold.TABLES,
     *alerts.TABLES,
     sessions.TABLE,

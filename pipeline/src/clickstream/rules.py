@@ -1,7 +1,12 @@
 """What makes an event valid: the rules as data, and the function that applies them to raw bytes.
 
 A rule *fails* a record when its SQL condition is true; NULL counts as not failing, so that a missing field is
-reported by its own rule only. All failing rules of a record are reported. Change a rule, raise RULESET_VERSION.
+reported by its own rule only. All failing rules of a record are reported.
+
+A rule set is a version: the rules with `since` <= version < `until`. One that has judged records never changes: to
+change a rule, end it with `until`, begin another with `since`, and add the version to settings.RULESET_VERSIONS.
+`pipeline_settings: {ruleset_version: N}` has the streams judge by it from then on; `clickstream backfill --ruleset N`
+judges what is there already.
 
 Decisions the rules embody:
 - JSON is strict (RFC 8259): no single quotes, no NaN, nothing before or after the one object.
@@ -28,8 +33,6 @@ if TYPE_CHECKING:
 
     from clickstream.settings import Settings
 
-RULESET_VERSION = 1
-
 PRICE_TYPE = "DECIMAL(12,2)"
 
 
@@ -38,6 +41,11 @@ class Rule:
     code: str
     reason: str
     fails: str
+    since: int = 1
+    until: int | None = None
+
+    def applies(self, version: int) -> bool:
+        return self.since <= version and (self.until is None or version < self.until)
 
 
 def _one_of(field: str, values: tuple[str, ...]) -> str:
@@ -96,6 +104,13 @@ FIELD_RULES = (
         "device_unknown",
         f"device_type is none of {', '.join(DEVICE_TYPES)}",
         _one_of("device_type", DEVICE_TYPES),
+        until=2,
+    ),
+    Rule(
+        "device_format",
+        "device_type is not one lower-case word of 2 to 20 letters",
+        "e.device_type NOT RLIKE '^[a-z]{2,20}\\\\z'",
+        since=2,
     ),
     Rule(
         "page_url_mismatch",
@@ -110,6 +125,7 @@ FIELD_RULES = (
         "price has more than two decimals, or is 10^10 or more",
         "e.price > 0 AND (amount IS NULL OR CAST(amount AS DOUBLE) != e.price)",
     ),
+    Rule("price_implausible", "price is above 100,000", "e.price > 100000", since=2),
     Rule(
         "timestamp_format",
         "timestamp is not an ISO 8601 moment with a zone",
@@ -133,13 +149,16 @@ _STRICT = "map('allowSingleQuotes', 'false', 'allowNonNumericNumbers', 'false')"
 _ISO = r"^\\d{4}-\\d{2}-\\d{2}T\\d{2}:\\d{2}:\\d{2}([.]\\d{1,6})?(Z|[+-]\\d{2}:\\d{2})\\z"
 
 
-def _codes(rules: tuple[Rule, ...], gate: str) -> str:
-    cases = ",\n".join(f"CASE WHEN {gate} AND ({rule.fails}) THEN '{rule.code}' END" for rule in rules)
+def _codes(rules: tuple[Rule, ...], version: int, gate: str) -> str:
+    cases = ",\n".join(
+        f"CASE WHEN {gate} AND ({rule.fails}) THEN '{rule.code}' END" for rule in rules if rule.applies(version)
+    )
     return f"array_compact(array({cases}))"
 
 
 def check(raw: DataFrame, settings: Settings) -> DataFrame:
-    """Adds `e` (the parsed event), `event_time`, `amount` and `codes` (all failing rules; empty when valid).
+    """Adds `e` (the parsed event), `event_time`, `amount` and `codes`: all rules of the settings' version that fail,
+    none when valid.
 
     `raw` has Kafka's `value` and `kafka_timestamp`, and `received_at`, our clock when the record was read.
     Pure: the same record with the same times gives the same codes, in a stream and in a batch.
@@ -187,7 +206,10 @@ def check(raw: DataFrame, settings: Settings) -> DataFrame:
         .withColumn("max_age", F.expr(f"make_dt_interval(0, 0, 0, {seconds(settings.max_event_age):f})"))
         .withColumn(
             "codes",
-            F.expr(f"concat({_codes(PAYLOAD_RULES, 'true')}, {_codes(FIELD_RULES, 'e IS NOT NULL')})"),
+            F.expr(
+                f"concat({_codes(PAYLOAD_RULES, settings.ruleset_version, 'true')}, "
+                f"{_codes(FIELD_RULES, settings.ruleset_version, 'e IS NOT NULL')})"
+            ),
         )
         .drop("text", "parsed", "alone", "price_text", "reference_time", "skew", "max_age")
     )

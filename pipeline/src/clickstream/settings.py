@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 PREFIX = "CLICKSTREAM_"
+# What rules.py has; known here, so that a wrong one is told without Spark.
+RULESET_VERSIONS = (1, 2)
 _UNITS = {"millisecond": 0.001, "second": 1, "minute": 60, "hour": 3600, "day": 86400}
 _INTERVAL = re.compile(r"(\d+) (millisecond|second|minute|hour|day)s?")
 _SIZE = re.compile(r"(\d+)([kmg])b?", re.IGNORECASE)
@@ -59,6 +61,8 @@ class Settings:
     # An event may be this far ahead of Kafka's and our clock, and this far behind Kafka's, to be believed.
     max_clock_skew: str = "5 minutes"
     max_event_age: str = "7 days"
+    # Which version of the rules judges records.
+    ruleset_version: int = 1
 
     max_offsets_per_trigger: int = 200_000
     # Gold reads at most this much of Silver a batch; it bounds a catch-up after a long stop.
@@ -104,6 +108,9 @@ class Settings:
             "max_event_age",
         ):
             self._check(name, seconds)
+        if self.ruleset_version not in RULESET_VERSIONS:
+            known = ", ".join(map(str, RULESET_VERSIONS))
+            self._fail("ruleset_version", f"there is no rule set {self.ruleset_version}", f"choose one of {known}")
         # An event from the future moves the watermark as far ahead as it is believed; twice that has to fit in it,
         # or events that come on time would be late.
         if 2 * seconds(self.max_clock_skew) > seconds(self.watermark):

@@ -13,7 +13,7 @@ from pyspark.sql import functions as F  # noqa: N812
 
 from clickstream import metrics
 from clickstream.lake import Table, append_once, query_id
-from clickstream.rules import PRICE_TYPE, RULESET_VERSION, check
+from clickstream.rules import PRICE_TYPE, check
 from clickstream.session import kafka_stream
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def deduplicate(judged: DataFrame, settings: Settings) -> DataFrame:
     return judged.withWatermark("event_time", settings.watermark).dropDuplicatesWithinWatermark(["dedup_key"])
 
 
-def events(judged: DataFrame) -> DataFrame:
+def events(judged: DataFrame, settings: Settings) -> DataFrame:
     return judged.where(F.size("codes") == 0).select(
         "e.event_id",
         "event_time",
@@ -122,7 +122,7 @@ def events(judged: DataFrame) -> DataFrame:
         "partition",
         "offset",
         "kafka_timestamp",
-        F.lit(RULESET_VERSION).alias("ruleset_version"),
+        F.lit(settings.ruleset_version).alias("ruleset_version"),
         F.col("received_at").alias("processed_at"),
         F.to_date("event_time").alias("event_date"),
         F.hour("event_time").alias("event_hour"),
@@ -131,7 +131,7 @@ def events(judged: DataFrame) -> DataFrame:
     )
 
 
-def rejects(judged: DataFrame) -> DataFrame:
+def rejects(judged: DataFrame, settings: Settings) -> DataFrame:
     return judged.where(F.size("codes") > 0).select(
         "topic",
         "partition",
@@ -140,7 +140,7 @@ def rejects(judged: DataFrame) -> DataFrame:
         "timestamp_type",
         F.lit(INVALID).alias("disposition"),
         "codes",
-        F.lit(RULESET_VERSION).alias("ruleset_version"),
+        F.lit(settings.ruleset_version).alias("ruleset_version"),
         F.col("received_at").alias("rejected_at"),
         "key",
         "value",
@@ -160,8 +160,8 @@ def writer(settings: Settings) -> Callable[[DataFrame, int], None]:
             ).first()
             assert counts is not None
             for table, rows, count in (
-                (EVENTS, events(batch), counts["events"]),
-                (REJECTS, rejects(batch), counts["rejects"]),
+                (EVENTS, events(batch, settings), counts["events"]),
+                (REJECTS, rejects(batch, settings), counts["rejects"]),
             ):
                 if count:
                     files = -(-count // settings.rows_per_file)

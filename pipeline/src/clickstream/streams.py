@@ -81,7 +81,7 @@ def _start(
         spark.sparkContext.setLocalProperty("spark.scheduler.pool", None)  # type: ignore[arg-type]
 
 
-def _serve_metrics(port: int, names: Sequence[str]) -> None:
+def _serve_metrics(port: int, names: Sequence[str], version: int) -> None:
     """Answers scrapes at a port; a series is there from the start, so that its first increase is seen as one."""
     for name in names:
         metrics.ROWS_READ.labels(name)
@@ -89,7 +89,8 @@ def _serve_metrics(port: int, names: Sequence[str]) -> None:
         for table in silver.TABLES:
             metrics.ROWS_WRITTEN.labels(table.name)
         for rule in RULES:
-            metrics.REJECTS.labels(rule.code)
+            if rule.applies(version):
+                metrics.REJECTS.labels(rule.code)
     start_http_server(port)
 
 
@@ -101,7 +102,7 @@ def run(settings: Settings, names: Sequence[str], metrics_port: int = 0) -> int:
 
     if metrics_port:
         try:
-            _serve_metrics(metrics_port, names)
+            _serve_metrics(metrics_port, names, settings.ruleset_version)
         except OSError as error:
             log.error("metrics cannot be served at port %d: %s; choose another --metrics-port", metrics_port, error)
             return 1
