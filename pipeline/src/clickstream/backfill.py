@@ -416,7 +416,8 @@ def roll_back(spark: SparkSession, settings: Settings, *, dry_run: bool = False)
     if datetime.now(UTC) > kept:
         raise JobError(
             f"the tables kept what was before the backfill of {entry.began:%Y-%m-%dT%H:%MZ} until "
-            f"{kept:%Y-%m-%dT%H:%MZ}; judge the records again instead: `clickstream backfill --ruleset` with the version of before"
+            f"{kept:%Y-%m-%dT%H:%MZ}; judge the records again instead: "
+            "`clickstream backfill --ruleset` with the version of before"
         )
     now = (_version(spark, settings, silver.EVENTS), _version(spark, settings, silver.REJECTS))
     served = Rows.served(spark, settings, entry.ranges, *now)
