@@ -147,9 +147,9 @@ def _parser() -> argparse.ArgumentParser:
         parents=[common],
         help="judge records again, by another version of the rules",
         description="Judges the records of a range of Kafka's time again from Bronze's bytes, compares with "
-        "silver.events and silver.rejects, reports what changes its place and by which rules, and replaces "
-        "both tables' rows of the range. Only offsets that `clickstream account` has accounted for are taken. Gold follows with `clickstream "
-        "recompute`, for the hours that are printed at the end.",
+        "silver.events and silver.rejects, reports what changes its place and by which rules, and replaces the rows of "
+        "the range in both tables. Only offsets that `clickstream account` has accounted for are taken. Gold follows "
+        "with `clickstream recompute`, for the hours that are printed at the end.",
         epilog="Exit codes: 0 done, or a dry run found nothing to change; 1 failed; 2 wrong usage; 3 a dry run found "
         "something to change.",
     )
