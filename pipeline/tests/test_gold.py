@@ -319,7 +319,7 @@ def test_a_new_release_goes_on_over_the_lake_of_an_older_one(
         f"{field.name} {field.dataType.simpleString()}" for field in silver.EVENTS.schema if field.name in names
     )
     monkeypatch.setattr(silver, "EVENTS", replace(silver.EVENTS, columns=columns))
-    monkeypatch.setattr(silver, "events", lambda judged: now[1](judged).drop(*added))
+    monkeypatch.setattr(silver, "events", lambda judged, settings: now[1](judged, settings).drop(*added))
     shop = Gold(spark, settings, dsn)
     shop.append(at(1, "12:00:10"))
     shop.run()
