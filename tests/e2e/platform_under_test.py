@@ -187,7 +187,7 @@ class Platform:
 
     def status(self) -> dict[str, Any]:
         """`nodectl status` of the guest."""
-        return dict(json.loads(self.run("sudo nodectl status --json", check=False)))
+        return dict(json.loads(self.run("sudo nodectl status --json --sample 0.2", check=False)))
 
     def services(self) -> list[dict[str, Any]]:
         """The registered services."""

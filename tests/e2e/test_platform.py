@@ -221,10 +221,11 @@ def test_a_killed_service_comes_back(platform: Platform, service: str) -> None:
     assert pid > 0
     platform.run(f"sudo kill -KILL {pid}")
     wait_until(lambda: platform.main_pids()[unit] not in (0, pid), 60, f"systemd starts {service} again")
-    platform.healthy()
+    platform.run(f"sudo nodectl wait {service}", timeout=420)
 
 
 def test_nothing_was_lost_by_the_kills(platform: Platform) -> None:
+    platform.healthy()
     platform.assert_conserved()
     platform.resume()
 
