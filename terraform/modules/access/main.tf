@@ -89,17 +89,15 @@ resource "aws_key_pair" "admin" {
 
 # Debian's image has no agent of Session Manager and Debian no package of it: a bastion needs SSH alone.
 resource "aws_instance" "bastion" {
-  #checkov:skip=CKV_AWS_88:it is the way in, from the stated networks only
   #checkov:skip=CKV_AWS_126:a machine that only passes connections on needs no measurement by the minute
   #checkov:skip=CKV2_AWS_41:it has no rights at all
-  ami                         = var.bastion.ami_id
-  instance_type               = var.bastion.type
-  subnet_id                   = var.public_subnet_id
-  vpc_security_group_ids      = [aws_security_group.this["bastion"].id]
-  associate_public_ip_address = true
-  key_name                    = aws_key_pair.admin.key_name
-  ebs_optimized               = true
-  tags                        = { Name = "${var.name}-bastion" }
+  ami                    = var.bastion.ami_id
+  instance_type          = var.bastion.type
+  subnet_id              = var.public_subnet_id
+  vpc_security_group_ids = [aws_security_group.this["bastion"].id]
+  key_name               = aws_key_pair.admin.key_name
+  ebs_optimized          = true
+  tags                   = { Name = "${var.name}-bastion" }
 
   metadata_options {
     http_tokens                 = "required"
@@ -115,6 +113,13 @@ resource "aws_instance" "bastion" {
   lifecycle {
     ignore_changes = [ami]
   }
+}
+
+# The same address after each start.
+resource "aws_eip" "bastion" {
+  domain   = "vpc"
+  instance = aws_instance.bastion.id
+  tags     = { Name = "${var.name}-bastion" }
 }
 
 data "aws_iam_policy_document" "assume" {

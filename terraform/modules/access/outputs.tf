@@ -17,5 +17,5 @@ output "key_name" {
 
 output "bastion_address" {
   description = "Public address of the bastion."
-  value       = aws_instance.bastion.public_ip
+  value       = aws_eip.bastion.public_ip
 }
