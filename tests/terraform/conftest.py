@@ -74,7 +74,8 @@ def aws(tmp_path_factory: pytest.TempPathFactory, plain: dict[str, str]) -> Iter
         "description": "Debian 13",
     }
     others = [
-        image | {"ami_id": "ami-0000000000000000a", "name": "debian-13-amd64-20250814-2205", "owner_id": "999999999999"},
+        image
+        | {"ami_id": "ami-0000000000000000a", "name": "debian-13-amd64-20250814-2205", "owner_id": "999999999999"},
         image | {"ami_id": "ami-0000000000000000b", "name": "debian-12-amd64-20250814-2205"},
         image | {"ami_id": "ami-0000000000000000c", "name": "debian-13-arm64-20250814-2205", "architecture": "arm64"},
     ]

@@ -84,7 +84,7 @@ run "rules" {
 
 run "rights" {
   assert {
-    condition     = output.instance_profiles == { one = null, two = null, three = "test-lake" }
+    condition     = jsonencode(output.instance_profiles) == jsonencode({ one = null, two = null, three = "test-lake" })
     error_message = "nodes that do not use the lake have no rights"
   }
   assert {

@@ -1,4 +1,5 @@
 mock_provider "aws" {
+  override_during = plan
   mock_data "aws_iam_policy_document" {
     defaults = { json = "{}" }
   }
@@ -30,7 +31,9 @@ variables {
   keep_versions_days = 30
 }
 
+# A plan only: what is made could not be removed again, the bucket says.
 run "lake" {
+  command = plan
   assert {
     condition     = aws_s3_bucket_versioning.this.versioning_configuration[0].status == "Enabled"
     error_message = "versioned"

@@ -68,7 +68,7 @@ run "nodes" {
     error_message = "each disk of a node has a device of its own"
   }
   assert {
-    condition = output.nodes["broker"].disks == tolist([
+    condition = jsonencode(output.nodes["broker"].disks) == jsonencode([
       { device = "/dev/disk/by-id/nvme-Amazon_Elastic_Block_Store_vol0123456789abcdef0", path = "/var/lib/kafka" },
       { device = "/dev/disk/by-id/nvme-Amazon_Elastic_Block_Store_vol0123456789abcdef0", path = "/var/more" },
     ])
