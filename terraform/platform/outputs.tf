@@ -27,7 +27,7 @@ locals {
     ansible_python_interpreter = "/usr/bin/python3"
     vm_release                 = "debian13"
     lake_uri                   = module.lake.uri
-    spark_event_log_dir        = "s3a://${module.lake.bucket}/spark-events"
+    spark_event_log_dir        = module.lake.events_uri
     # The ports that the table of traffic lets through.
     spark_worker_port = 7078
     spark_config = {

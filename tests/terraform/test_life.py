@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +129,13 @@ def client(service: str, env: dict[str, str], kind: str = "client") -> Any:
 
 
 @pytest.fixture(scope="module")
-def life(environments: Path, aws: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Life]:
+def life(environments: Path, aws: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Life:
     life = Life(environments, aws, tmp_path_factory.mktemp("inventories"))
     done = life.cloud("up", "--yes", "--machines-only")
     print(done.stdout[-3000:])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Apply complete!" in done.stdout
-    yield life
+    return life
 
 
 @pytest.mark.parametrize(("name", "resources"), [("dev", 92), ("prod", 247)])
@@ -187,14 +186,8 @@ def test_preflight_takes_the_inventory(life: Life, tmp_path: Path) -> None:
     }
     done = subprocess.run([*playbook, "--syntax-check"], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    done = subprocess.run(
-        [*playbook, "-e", "ansible_ssh_executable=/bin/false"],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    playbook += ["-e", "ansible_ssh_executable=/bin/false"]
+    done = subprocess.run(playbook, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert "UNREACHABLE" in done.stdout, done.stdout + done.stderr
     assert "failed=0" in done.stdout, done.stdout
     # A copy of the secrets folder that the check may have made is in the inventory, not in the clone.
@@ -223,7 +216,7 @@ def test_cost_and_tunnels(life: Life) -> None:
 
 
 @pytest.fixture(scope="module")
-def network(environments: Path, aws: dict[str, str]) -> Iterator[tuple[dict[str, set[str]], Any]]:
+def network(environments: Path, aws: dict[str, str]) -> tuple[dict[str, set[str]], Any]:
     """Groups of each class of nodes in `prod`, and all its rules as the cloud has them."""
     target = "-target=module.platform.module.access"
     terraform(environments / "prod", aws, "apply", "-auto-approve", "-input=false", target)
@@ -240,7 +233,7 @@ def network(environments: Path, aws: dict[str, str]) -> Iterator[tuple[dict[str,
         for rule in page["SecurityGroupRules"]
     ]
     classes = {name: {"bastion"} if name == "bastion" else set(name.split("-")) for name in names.values()}
-    yield (
+    return (
         classes,
         [rule | {"Class": names[rule["GroupId"]], "Names": names} for rule in rules if rule["GroupId"] in names],
     )
@@ -316,8 +309,9 @@ def test_it_ends_with_the_lake_only_when_told(life: Life) -> None:
 
     kept = life.cloud("down", "--yes", "--lake", "keep")
     assert kept.returncode == 0, kept.stdout + kept.stderr
-    states = [i["State"]["Name"] for r in client("ec2", life.env).describe_instances(
-        Filters=[{"Name": "tag:Environment", "Values": ["clickstream-dev"]}])["Reservations"] for i in r["Instances"]]  # fmt: skip
+    ours = [{"Name": "tag:Environment", "Values": ["clickstream-dev"]}]
+    found = client("ec2", life.env).describe_instances(Filters=ours)["Reservations"]
+    states = [instance["State"]["Name"] for each in found for instance in each["Instances"]]
     assert set(states) == {"terminated"}
     assert [each.key for each in bucket.objects.all()] == ["lake/silver/events/part-0.parquet"]
 

@@ -36,6 +36,13 @@ def groups(*names: str) -> dict[str, Any]:
 
 
 ALL = tuple(NODE["groups"])
+
+
+def without(group: str) -> dict[str, Any]:
+    """A node with all groups but one."""
+    return groups(*(name for name in ALL if name != group))
+
+
 # What is wrong, the variable, and what the message says to do.
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "a name that a bucket cannot have": ({"name": "Clickstream_1"}, "name", "use 3 to 32 lower-case letters"),
@@ -51,7 +58,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "a private key": (
         {"admin_public_key": "-----BEGIN KEY"},
         "admin_public_key",
-        "the content of ~/.ssh/id_ed25519.pub",
+        "the line of your .pub file",
     ),
     "an image that is none": ({"ami_id": "debian13"}, "ami_id", "leave it out for the newest Debian 13"),
     "no node": ({"nodes": {}}, "nodes", "name at least one"),

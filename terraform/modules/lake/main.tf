@@ -117,16 +117,14 @@ resource "aws_s3_bucket_lifecycle_configuration" "this" {
     }
   }
 
-  rule {
-    id     = "event-logs-of-jobs"
-    status = "Enabled"
-    filter {
-      prefix = "spark-events/"
-    }
-    expiration {
-      days = 14
-    }
-  }
-
   depends_on = [aws_s3_bucket_versioning.this]
+}
+
+# Spark writes event logs into a folder that has to exist, and its history server removes the old ones.
+resource "aws_s3_object" "events" {
+  bucket     = aws_s3_bucket.this.id
+  key        = "spark-events/"
+  content    = ""
+  kms_key_id = aws_kms_key.this.arn
+  depends_on = [aws_s3_bucket_server_side_encryption_configuration.this]
 }

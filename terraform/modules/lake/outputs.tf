@@ -17,3 +17,8 @@ output "uri" {
   description = "lake_uri of the inventory."
   value       = "s3a://${aws_s3_bucket.this.bucket}/lake"
 }
+
+output "events_uri" {
+  description = "spark_event_log_dir of the inventory."
+  value       = "s3a://${aws_s3_object.events.bucket}/spark-events"
+}
