@@ -132,11 +132,12 @@ lint: $(VENV) ## Python, shell, YAML, Ansible and the repository's own rules
 .PHONY: unit
 unit: $(VENV) $(TEST_VENV) $(TEST_JARS).stamp ## The package, on local Spark and a private PostgreSQL; the Ansible modules
 	pytest -q tests/unit
-	$(PACKAGE_TESTS) -n 2 --durations=12 -m "not crash"
+	$(PACKAGE_TESTS) -n 2 --durations=12 -m "not crash and not s3"
 
 .PHONY: terraform
-terraform: $(VENV) $(TEST_VENV) $(SCAN_VENV) ## Terraform's modules, a life of an environment on a stand-in for AWS, a policy scan
+terraform: $(VENV) $(TEST_VENV) $(SCAN_VENV) $(TEST_JARS).stamp ## Terraform's modules, an environment's life on a stand-in for AWS, a policy scan, the lake on S3
 	.cache/test-venv/bin/python -m pytest -q --durations=8 tests/terraform $(ARGS)
+	$(PACKAGE_TESTS) -m s3 --durations=5
 
 .PHONY: crash
 crash: $(VENV) $(TEST_VENV) $(TEST_JARS).stamp $(KAFKA_JARS).stamp ## Kill the streams at random points, then count everything again: ARGS="--kills 30 --seed 7"

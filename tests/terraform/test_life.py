@@ -14,7 +14,7 @@ from typing import Any
 import boto3
 import pytest
 import yaml
-from conftest import DEBIAN, ROOT
+from standin import DEBIAN, ROOT
 
 sys.path.insert(0, str(ROOT / "tests/repo"))
 import test_layout

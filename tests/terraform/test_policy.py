@@ -8,7 +8,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from conftest import ROOT
+from standin import ROOT
 
 CHECKOV = ROOT / ".cache/scan-venv/bin/checkov"
 
