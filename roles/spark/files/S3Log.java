@@ -33,18 +33,25 @@ public final class S3Log extends S3SingleDriverLogStore {
     StringBuilder lines = new StringBuilder();
     actions.forEachRemaining(action -> lines.append(action).append('\n'));
     String content = lines.toString();
-    try (FSDataOutputStream stream = create(path, overwrite, conf)) {
-      stream.write(content.getBytes(UTF_8));
-    } catch (IOException error) {
-      // The answer to a write may be lost and the write repeated: then the object that is in the way is our own,
-      // which the transaction's identity in its first line tells from any other.
-      if (overwrite || !exists(path, conf)) {
-        throw error;
-      }
-      if (!content.equals(text(path, conf))) {
-        FileAlreadyExistsException lost = new FileAlreadyExistsException(path.toString());
-        lost.initCause(error);
-        throw lost;
+    for (int attempt = 1; ; attempt++) {
+      try (FSDataOutputStream stream = create(path, overwrite, conf)) {
+        stream.write(content.getBytes(UTF_8));
+        break;
+      } catch (IOException error) {
+        // The answer to a write may be lost and the write repeated: then the object that is in the way is our own,
+        // which the transaction's identity in its first line tells from any other.
+        if (!overwrite && exists(path, conf)) {
+          if (content.equals(text(path, conf))) {
+            break;
+          }
+          FileAlreadyExistsException lost = new FileAlreadyExistsException(path.toString());
+          lost.initCause(error);
+          throw lost;
+        }
+        // Two such writes at once may both be told to come again (409).
+        if (overwrite || attempt == 3) {
+          throw error;
+        }
       }
     }
   }
