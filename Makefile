@@ -12,6 +12,7 @@ PLATFORM := ansible/scripts/platform --inventory $(INVENTORY)
 # The control environment; a stamp of its lock tells whether it is current.
 VENV := .venv/.stamp
 TEST_VENV := .cache/test-venv/.stamp
+SCAN_VENV := .cache/scan-venv/.stamp
 TEST_JARS := .cache/test-jars
 KAFKA_JARS := .cache/kafka-jars
 PACKAGE_TESTS = cd pipeline && CLICKSTREAM_TEST_JARS=$(CURDIR)/$(TEST_JARS) \
@@ -95,6 +96,24 @@ down: ## Stop the guests; the data stays and `make up` starts them again
 destroy: ## Remove the guests with their data
 	@vagrant destroy --force
 
+##@ Cloud
+CLOUD = $(if $(ENV),,$(error Which environment? make $@ ENV=dev, or prod))ansible/scripts/cloud
+.PHONY: cloud-plan
+cloud-plan: $(VENV) ## What Terraform would make in the cloud: ENV=dev
+	@$(CLOUD) plan $(ENV)
+
+.PHONY: cloud-up
+cloud-up: $(VENV) ## Make the machines, write the inventory, install everything, ask every service: ENV=dev
+	@$(CLOUD) up $(ENV) $(ARGS)
+
+.PHONY: cloud-status
+cloud-status: $(VENV) ## What is there, its cost by the month, tunnels to the pages, every service's health: ENV=dev
+	@$(CLOUD) status $(ENV)
+
+.PHONY: cloud-down
+cloud-down: $(VENV) ## Remove it; refuses while the lake holds data, unless LAKE=keep or LAKE=delete: ENV=dev
+	@$(CLOUD) down $(ENV) $(if $(LAKE),--lake $(LAKE)) $(ARGS)
+
 ##@ Test
 .PHONY: test
 test: ## Everything: lint, unit, one scenario a role, end to end; prints the time of each stage
@@ -113,7 +132,12 @@ lint: $(VENV) ## Python, shell, YAML, Ansible and the repository's own rules
 .PHONY: unit
 unit: $(VENV) $(TEST_VENV) $(TEST_JARS).stamp ## The package, on local Spark and a private PostgreSQL; the Ansible modules
 	pytest -q tests/unit
-	$(PACKAGE_TESTS) -n 2 --durations=12 -m "not crash"
+	$(PACKAGE_TESTS) -n 2 --durations=12 -m "not crash and not s3"
+
+.PHONY: terraform
+terraform: $(VENV) $(TEST_VENV) $(SCAN_VENV) $(TEST_JARS).stamp ## Terraform's modules, an environment's life on a stand-in for AWS, a policy scan, the lake on S3
+	.cache/test-venv/bin/python -m pytest -q --durations=8 tests/terraform $(ARGS)
+	$(PACKAGE_TESTS) -m s3 --durations=5
 
 .PHONY: crash
 crash: $(VENV) $(TEST_VENV) $(TEST_JARS).stamp $(KAFKA_JARS).stamp ## Kill the streams at random points, then count everything again: ARGS="--kills 30 --seed 7"
@@ -169,7 +193,7 @@ venv: $(VENV) ## The control environment .venv, from its lock
 
 .PHONY: help
 help: ## This list
-	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV): ansible/requirements.txt
 	@ansible/scripts/make-venv .venv $<
@@ -178,6 +202,10 @@ $(VENV): ansible/requirements.txt
 $(TEST_VENV): ansible/requirements-test.txt
 	@ansible/scripts/prepare-host tests
 	@ansible/scripts/make-venv .cache/test-venv $<
+	@touch $@
+
+$(SCAN_VENV): terraform/requirements.txt
+	@ansible/scripts/make-venv .cache/scan-venv $<
 	@touch $@
 
 $(TEST_JARS).stamp: roles/spark/files/jars.lock

@@ -38,14 +38,14 @@ def jars() -> list[Path]:
 
 
 def file_system(target: Path) -> Path:
-    """The lake's file system, compiled with nothing but a Java runtime, as a node does it."""
+    """What a lake in a folder and one on S3 need, compiled with nothing but a Java runtime, as a node does it."""
     import pyspark
 
-    source = ROOT / "roles/spark/files/LakeFs.java"
+    sources = [ROOT / "roles/spark/files" / name for name in ("LakeFs.java", "S3Log.java")]
     hadoop = next((Path(pyspark.__file__).parent / "jars").glob("hadoop-client-api-*.jar"))
     compiler = [java(), "-m", "jdk.compiler/com.sun.tools.javac.Main", "-Xlint:all,-classfile"]
     storage = next(jar for jar in jars() if jar.name.startswith("delta-storage-"))
-    subprocess.run([*compiler, "-Werror", "-cp", f"{hadoop}:{storage}", "-d", target, source], check=True)
+    subprocess.run([*compiler, "-Werror", "-cp", f"{hadoop}:{storage}", "-d", target, *sources], check=True)
     return target
 
 
@@ -58,6 +58,7 @@ def spark_defaults(classes: Path, scratch: Path) -> str:
         "spark.hadoop.fs.AbstractFileSystem.file.impl clickstream.LakeFs\n"
         "spark.hadoop.fs.file.impl clickstream.LakeFs$Local\n"
         "spark.delta.logStore.file.impl clickstream.LakeFs$Log\n"
+        "spark.delta.logStore.s3a.impl clickstream.S3Log\n"
         "spark.ui.enabled false\n"
         "spark.driver.host 127.0.0.1\n"
         "spark.driver.bindAddress 127.0.0.1\n"

@@ -23,7 +23,12 @@ INVENTORIES = sorted(
 )
 LOCKS = sorted(
     path
-    for pattern in ("ansible/requirements*.txt", "pipeline/requirements.txt", "roles/*/files/*requirements.txt")
+    for pattern in (
+        "ansible/requirements*.txt",
+        "pipeline/requirements.txt",
+        "terraform/requirements.txt",
+        "roles/*/files/*requirements.txt",
+    )
     for path in ROOT.glob(pattern)
 ) + sorted(ROOT.glob("roles/*/files/jars.lock"))
 # Verbs that a user is promised.

@@ -16,7 +16,12 @@ import maven_jars  # noqa: E402
 JAR_LOCKS = sorted(ROOT.glob("roles/*/files/jars.lock"))
 SOURCES = sorted(
     path
-    for pattern in ("ansible/requirements*.in", "roles/*/files/*requirements.in", "pipeline/requirements.in")
+    for pattern in (
+        "ansible/requirements*.in",
+        "roles/*/files/*requirements.in",
+        "pipeline/requirements.in",
+        "terraform/requirements.in",
+    )
     for path in ROOT.glob(pattern)
 )
 

@@ -46,3 +46,7 @@ def test_nodectl_tells_a_healthy_service_from_a_broken_one(host: Host) -> None:
         assert "it is broken" in broken.stdout + broken.stderr
     finally:
         host.run("rm -f /etc/nodectl/services.d/probe.json /usr/local/lib/nodectl/probe")
+
+
+def test_a_container_has_no_disks(host: Host) -> None:
+    assert not host.file("/srv/none").exists

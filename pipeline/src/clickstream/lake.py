@@ -19,6 +19,7 @@ from delta.exceptions import (
     ProtocolChangedException,
 )
 from delta.tables import DeltaTable
+from py4j.protocol import Py4JJavaError
 from pyspark.sql.types import StructType
 
 if TYPE_CHECKING:
@@ -128,12 +129,18 @@ def locked(spark: SparkSession, settings: Settings, name: str) -> Iterator[None]
     assert jvm is not None
     path = jvm.org.apache.hadoop.fs.Path(f"{settings.lake_uri}/_locks/{name}")
     fs = path.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
-    if not fs.createNewFile(path):
+    # The file system decides in one step; S3's does so when it is asked to, others know no such option.
+    builder = fs.createFile(path).recursive().overwrite(False).opt("fs.option.create.conditional.overwrite", "true")
+    try:
+        builder.build().close()
+    except Py4JJavaError as error:
+        if not fs.exists(path):
+            raise
         since = fs.getFileStatus(path).getModificationTime() / 1000
         raise JobError(
             f"another run began {time.time() - since:.0f} s ago and holds {path.toString()}; wait for it, "
             "or remove that file if no run is there any more"
-        )
+        ) from error
     try:
         yield
     finally:

@@ -1,0 +1,343 @@
+"""The life of an environment on a stand-in for AWS: plan, make, plan again, use its inventory, remove."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import yaml
+from standin import DEBIAN, ROOT
+
+sys.path.insert(0, str(ROOT / "tests/repo"))
+import test_layout
+
+CLOUD = ROOT / "ansible/scripts/cloud"
+# Which ports a node of the first group reaches on a node of the second; nothing else reaches anything. Written down
+# apart from terraform/traffic.yaml, from what the roles say of their services.
+DRIVER, BLOCKS, METRICS = set(range(7100, 7132)), set(range(7200, 7232)), set(range(9108, 9116))
+REACHES: dict[tuple[str, str], set[int]] = {
+    ("zookeeper", "zookeeper"): {2888, 3888},
+    ("kafka", "zookeeper"): {2181},
+    ("kafka", "kafka"): {9092, 29092},
+    ("pipeline", "kafka"): {9092},
+    ("airflow", "kafka"): {9092},
+    ("spark_worker", "kafka"): {9092},
+    ("spark_worker", "spark_master"): {7077, 8080},
+    ("pipeline", "spark_master"): {7077},
+    ("airflow", "spark_master"): {7077},
+    ("spark_master", "spark_worker"): {7078} | DRIVER,
+    ("spark_master", "pipeline"): DRIVER,
+    ("spark_master", "airflow"): DRIVER,
+    ("spark_worker", "spark_worker"): DRIVER | BLOCKS,
+    ("spark_worker", "pipeline"): DRIVER | BLOCKS,
+    ("spark_worker", "airflow"): DRIVER | BLOCKS,
+    ("pipeline", "spark_worker"): BLOCKS,
+    ("airflow", "spark_worker"): BLOCKS,
+    ("pipeline", "postgres"): {5432},
+    ("airflow", "postgres"): {5432},
+    ("monitoring", "pipeline"): METRICS,
+}
+FROM_BASTION = {
+    "airflow": {8087},
+    "spark_master": {8080, 18080},
+    "spark_worker": {8081},
+    "postgres": {5432},
+    "pipeline": METRICS,
+}
+# Every port that anything above or any role names, and some that nobody does.
+PROBED = sorted(
+    {
+        22,
+        2181,
+        2888,
+        3888,
+        4040,
+        5432,
+        6066,
+        7077,
+        7078,
+        7099,
+        7132,
+        7199,
+        7232,
+        8080,
+        8081,
+        8087,
+        8088,
+        9092,
+        9107,
+        9116,
+    }
+    | {18080, 29092, 40000}
+    | DRIVER
+    | BLOCKS
+    | METRICS
+)
+
+
+def terraform(folder: Path, env: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        ["terraform", f"-chdir={folder}", *words], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (0, 2), done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def environments(modules: Path, aws: dict[str, str]) -> Path:
+    """Both environments, ready to be planned. The stand-in has no name of its own for each bucket."""
+    for folder in (modules / "environments").iterdir():
+        (folder / "provider_override.tf").write_text('provider "aws" {\n  s3_use_path_style = true\n}\n')
+        terraform(folder, aws, "init", "-input=false")
+    return modules / "environments"
+
+
+class Life:
+    """An environment by the user's own verbs."""
+
+    def __init__(self, name: str, environments: Path, env: dict[str, str], inventories: Path) -> None:
+        self.name, self.folder, self.inventory = name, environments / name, inventories / name
+        self.env = env | {
+            "CLICKSTREAM_TERRAFORM": str(environments.parent),
+            "CLICKSTREAM_INVENTORIES": str(inventories),
+        }
+        # Both at once: making an environment is mostly waiting.
+        self._up = subprocess.Popen(
+            self.command("up", "--yes", "--machines-only"),
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def command(self, verb: str, *words: str) -> list[str]:
+        return [str(ROOT / ".venv/bin/python"), str(CLOUD), verb, self.name, *words]
+
+    def wait(self) -> None:
+        self.said, _ = self._up.communicate()
+        assert self._up.returncode == 0, self.said
+
+    def cloud(self, verb: str, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self.command(verb, *words), env=self.env, capture_output=True, text=True, check=False)
+
+    def output(self) -> dict[str, Any]:
+        return dict(json.loads(terraform(self.folder, self.env, "output", "-json").stdout)["platform"]["value"])
+
+    def bucket(self) -> Any:
+        return client("s3", self.env, "resource").Bucket(self.output()["lake"]["bucket"])
+
+
+def client(service: str, env: dict[str, str], kind: str = "client") -> Any:
+    keys = {"aws_access_key_id": env["AWS_ACCESS_KEY_ID"], "aws_secret_access_key": env["AWS_SECRET_ACCESS_KEY"]}
+    return getattr(boto3, kind)(service, endpoint_url=env["AWS_ENDPOINT_URL"], region_name=env["AWS_REGION"], **keys)
+
+
+@pytest.fixture(scope="module")
+def lives(environments: Path, aws: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Life]:
+    """Both environments, made from nothing."""
+    inventories = tmp_path_factory.mktemp("inventories")
+    made = {name: Life(name, environments, aws, inventories) for name in ("dev", "prod")}
+    for life in made.values():
+        life.wait()
+    return made
+
+
+@pytest.fixture(scope="module")
+def life(lives: dict[str, Life]) -> Life:
+    """The small environment."""
+    return lives["dev"]
+
+
+@pytest.mark.parametrize(("name", "resources"), [("dev", 93), ("prod", 164)])
+def test_it_is_made(lives: dict[str, Life], name: str, resources: int) -> None:
+    """As many resources as when the environment was last thought about."""
+    assert f"Plan: {resources} to add, 0 to change, 0 to destroy." in lives[name].said
+    assert f"Apply complete! Resources: {resources} added, 0 changed, 0 destroyed." in lives[name].said
+
+
+@pytest.mark.parametrize("name", ["dev", "prod"])
+def test_the_second_plan_is_empty(lives: dict[str, Life], name: str) -> None:
+    life = lives[name]
+    done = terraform(life.folder, life.env, "plan", "-input=false", "-no-color", "-detailed-exitcode")
+    assert done.returncode == 0, done.stdout
+    assert "No changes." in done.stdout
+
+
+def test_the_image_is_debians_own(life: Life) -> None:
+    instances = client("ec2", life.env).describe_instances()["Reservations"]
+    assert {found["ImageId"] for each in instances for found in each["Instances"]} == {DEBIAN}
+
+
+NODES = {
+    "dev": {"clickstream"},
+    "prod": {"broker-a", "broker-b", "broker-c", "master", "worker-a", "worker-b", "control"},
+}
+
+
+@pytest.mark.parametrize("name", ["dev", "prod"])
+def test_the_inventory_keeps_the_schema(lives: dict[str, Life], name: str) -> None:
+    life = lives[name]
+    test_layout.test_inventory_keeps_the_schema(life.inventory)
+    assert test_layout.groups_of(life.inventory).keys() == test_layout.GROUPS
+    variables = yaml.safe_load((life.inventory / "group_vars/all/main.yml").read_text())
+    assert variables["lake_uri"] == f"s3a://clickstream-{name}-lake-123456789012/lake"
+    hosts = test_layout.hosts(life.inventory)
+    assert hosts.keys() == NODES[name]
+    volumes = {volume["VolumeId"].replace("-", "") for volume in client("ec2", life.env).describe_volumes()["Volumes"]}
+    disks = [disk["device"].rpartition("_")[2] for host in hosts.values() for disk in host["common_disks"]]
+    assert set(disks) <= volumes
+    assert len(disks) == len(set(disks)) == {"dev": 2, "prod": 9}[name]
+
+
+@pytest.mark.parametrize("name", ["dev", "prod"])
+def test_preflight_takes_the_inventory(lives: dict[str, Life], name: str, tmp_path: Path) -> None:
+    """The real playbook: syntax, then everything that is checked before a connection; then nobody answers."""
+    playbook = [ROOT / ".venv/bin/ansible-playbook", "-i", lives[name].inventory, "ansible/playbooks/site.yml"]
+    env = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")} | {
+        "ANSIBLE_CONFIG": str(ROOT / "ansible/ansible.cfg"),
+        "ANSIBLE_HOME": str(tmp_path),
+    }
+    done = subprocess.run([*playbook, "--syntax-check"], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ssh = tmp_path / "ssh"
+    ssh.write_text("#!/bin/sh\nexit 255\n")
+    ssh.chmod(0o755)
+    playbook += ["-e", f"ansible_ssh_executable={ssh}"]
+    done = subprocess.run(playbook, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    recap = re.findall(r"^(\S+) +: .*unreachable=(\d).*failed=(\d)", done.stdout, re.MULTILINE)
+    assert {host: found for host, *found in recap} == {host: ["1", "0"] for host in NODES[name]}, done.stdout
+
+
+@pytest.mark.parametrize("name", ["dev", "prod"])
+def test_vagrant_takes_the_inventory(lives: dict[str, Life], name: str, tmp_path: Path) -> None:
+    env = os.environ | {"CLICKSTREAM_INVENTORY": str(lives[name].inventory), "VAGRANT_DOTFILE_PATH": str(tmp_path)}
+    done = subprocess.run(
+        ["vagrant", "status", "--machine-readable"], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {line.split(",")[1] for line in done.stdout.splitlines() if ",state," in line} == NODES[name]
+
+
+def test_cost_and_tunnels(life: Life) -> None:
+    output = life.output()
+    cost = output["monthly_cost"]
+    assert re.fullmatch(r"\d{4}-\d{2}-\d{2}", cost["as_of"])
+    assert cost["usd_per_month"] == round(sum(line["usd_per_month"] for line in cost["lines"]))
+    (host,) = test_layout.hosts(life.inventory).values()
+    tunnel = output["tunnels"]["Airflow"]
+    assert tunnel["url"] == "http://localhost:8087/"
+    assert f"-L 8087:{host['ansible_host']}:8087 admin@" in tunnel["command"]
+    assert "ProxyJump clickstream-dev-bastion" in output["ssh_config"]
+
+
+@pytest.fixture(scope="module")
+def network(lives: dict[str, Life]) -> tuple[dict[str, set[str]], Any]:
+    """Groups of each class of nodes in `prod`, and all its rules as the cloud has them."""
+    ec2 = client("ec2", lives["prod"].env)
+    found = ec2.describe_security_groups()["SecurityGroups"]
+    names = {
+        group["GroupId"]: group["GroupName"].removeprefix("clickstream-prod-")
+        for group in found
+        if group["GroupName"].startswith("clickstream-prod-")
+    }
+    rules = [
+        rule
+        for page in ec2.get_paginator("describe_security_group_rules").paginate()
+        for rule in page["SecurityGroupRules"]
+    ]
+    classes = {name: {"bastion"} if name == "bastion" else set(name.split("-")) for name in names.values()}
+    return (
+        classes,
+        [rule | {"Class": names[rule["GroupId"]], "Names": names} for rule in rules if rule["GroupId"] in names],
+    )
+
+
+def passes(rules: Any, sender: str, receiver: str, port: int) -> bool:
+    """Whether a packet leaves the sender and is let in by the receiver, by the rules."""
+
+    def lets(own: str, other: str, egress: bool) -> bool:
+        return any(
+            rule["IsEgress"] == egress
+            and rule["Class"] == own
+            and rule["IpProtocol"] == "tcp"
+            and rule["FromPort"] <= port <= rule["ToPort"]
+            and rule["Names"].get(rule.get("ReferencedGroupInfo", {}).get("GroupId")) == other
+            for rule in rules
+        )
+
+    return lets(sender, receiver, True) and lets(receiver, sender, False)
+
+
+def test_who_reaches_whom(network: tuple[dict[str, set[str]], Any]) -> None:
+    """Each pair of machines of the cluster, at each port: as it is written above."""
+    classes, rules = network
+    assert set(classes) == {
+        "bastion", "kafka-zookeeper", "pipeline-spark_master", "spark_worker", "airflow-monitoring-postgres",
+    }  # fmt: skip
+    wrong = []
+    for sender, receiver in itertools.product(classes, classes):
+        allowed: set[int] = set()
+        if sender == "bastion" and receiver != "bastion":
+            allowed = {22}.union(*(FROM_BASTION.get(group, set()) for group in classes[receiver]))
+        for pair in itertools.product(classes[sender], classes[receiver]):
+            allowed |= REACHES.get(pair, set())
+        reached = {port for port in PROBED if passes(rules, sender, receiver, port)}
+        if reached != allowed:
+            wrong.append((sender, receiver, "open" if reached - allowed else "shut", sorted(reached ^ allowed)))
+    assert wrong == []
+
+
+def test_from_outside_only_the_bastion_is_reached(network: tuple[dict[str, set[str]], Any]) -> None:
+    _, rules = network
+    outside = [rule for rule in rules if not rule["IsEgress"] and "ReferencedGroupInfo" not in rule]
+    assert [(rule["Class"], rule["CidrIpv4"], rule["FromPort"], rule["ToPort"]) for rule in outside] == [
+        ("bastion", "203.0.113.7/32", 22, 22)
+    ]
+
+
+def test_the_ports_are_those_of_the_roles() -> None:
+    defaults: dict[str, Any] = {}
+    for path in ROOT.glob("roles/*/defaults/main.yml"):
+        defaults |= yaml.safe_load(path.read_text())
+    opened = set().union(*REACHES.values(), *FROM_BASTION.values())
+    ports = {name: port for name, port in defaults.items() if name.endswith("_port") and isinstance(port, int)}
+    assert {name for name, port in ports.items() if port and port not in opened} == set()
+
+
+def test_it_ends_with_the_lake_only_when_told(life: Life) -> None:
+    bucket = life.bucket()
+    bucket.put_object(Key="lake/silver/events/part-0.parquet", Body=b"rows")
+    refused = life.cloud("down", "--yes")
+    assert refused.returncode == 1
+    assert f"the lake s3://{bucket.name} holds data. LAKE=keep removes all but the lake" in refused.stderr
+    assert "LAKE=delete removes the data for good" in refused.stderr
+
+    # Terraform alone cannot, whoever asks.
+    done = subprocess.run(
+        ["terraform", f"-chdir={life.folder}", "destroy", "-auto-approve", "-no-color"],
+        env=life.env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "prevent_destroy" in done.stderr
+
+    kept = life.cloud("down", "--yes", "--lake", "keep")
+    assert kept.returncode == 0, kept.stdout + kept.stderr
+    ours = [{"Name": "tag:Environment", "Values": ["clickstream-dev"]}]
+    found = client("ec2", life.env).describe_instances(Filters=ours)["Reservations"]
+    states = [instance["State"]["Name"] for each in found for instance in each["Instances"]]
+    assert set(states) == {"terminated"}
+    assert [each.key for each in bucket.objects.filter(Prefix="lake/")] == ["lake/silver/events/part-0.parquet"]
+
+    gone = life.cloud("down", "--yes", "--lake", "delete")
+    assert gone.returncode == 0, gone.stdout + gone.stderr
+    assert terraform(life.folder, life.env, "state", "list").stdout == ""
+    names = [found["Name"] for found in client("s3", life.env).list_buckets()["Buckets"]]
+    assert bucket.name not in names
