@@ -27,6 +27,7 @@ log = logging.getLogger("clickstream")
 STREAMS = ("bronze", "silver", "gold", "gold_hourly")
 # What `recompute` computes.
 GOLD = ("gold.product_funnel_1m", "gold.product_funnel_1h", "gold.conversion_1h", "gold.sessions")
+QUALITY_COLUMNS = ("check_name", "subject", "status", "value", "threshold")
 # The settings that are worth a flag; every other one has its variable.
 FLAGS = ("lake_uri", "bootstrap_servers", "topic", "spark_master", "marts_dsn", "status_dir")
 
@@ -196,6 +197,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     alerts.add_argument("--rebuild", action="store_true", help="fold the whole funnel anew, after it was corrected")
     alerts.add_argument("--json", action="store_true", help="print the result as JSON")
+    quality = commands.add_parser(
+        "quality",
+        parents=[common],
+        help="measure freshness, holes, nulls, rejects and volume",
+        description="Measures how fresh each layer is, whether Bronze's offsets have holes, whether tables have their "
+        "columns and no nulls, each rule's part of the records and the volume against their own history. "
+        "Every result is a row of quality.checks in the marts. CLICKSTREAM_QUALITY_* set the limits.",
+        epilog="Exit codes: 0 nothing fails; 1 failed; 2 wrong usage or settings; 4 a check fails, named on stderr.",
+    )
+    quality.add_argument("--json", action="store_true", help="print the results as JSON")
     notify = commands.add_parser(
         "notify",
         parents=[common],
@@ -351,6 +362,17 @@ def _print_backfilled(report: dict[str, Any], as_json: bool, streams: int, rollb
     return 3 if report["differences"] or report["relabelled"] else 0
 
 
+def _print_quality(report: dict[str, Any], as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _print_table([{name: check[name] for name in QUALITY_COLUMNS} for check in report["checks"]])
+    failed = [check for check in report["checks"] if check["status"] == "fail"]
+    for check in failed:
+        print(f"clickstream: {check['check_name']} of {check['subject']}: {check['detail']}", file=sys.stderr)
+    return 4 if failed else 0
+
+
 def _marts_away(settings: Settings, error: Exception) -> int:
     print(
         f"clickstream: the marts cannot be used with {settings.marts_dsn!r}: {str(error).strip()}; nothing more was "
@@ -492,6 +514,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 _print_table(results)
             return 0
+        if args.command == "quality":
+            from clickstream import quality
+
+            return _print_quality(quality.run(settings), args.json)
     except (JobError, ParameterError, SettingsError) as error:
         print(f"clickstream: {error}", file=sys.stderr)
         if isinstance(error, RefusedError):
