@@ -86,7 +86,7 @@ class Report:
     unexplained: list[tuple[str, int, int]]
 
 
-def _last_batch(spark: SparkSession, settings: Settings, query: str) -> list[str]:
+def last_batch(spark: SparkSession, settings: Settings, query: str) -> list[str]:
     """What the checkpoint says of the last committed batch, by line; empty before the first.
 
     Of https://github.com/apache/spark: a batch N is committed when commits/N exists; offsets/N holds a version
@@ -112,14 +112,14 @@ def _last_batch(spark: SparkSession, settings: Settings, query: str) -> list[str
 
 def committed(spark: SparkSession, settings: Settings, query: str) -> Ends:
     """Up to which offset (exclusive) a stream that reads Kafka has committed, from its checkpoint; empty before."""
-    lines = _last_batch(spark, settings, query)
+    lines = last_batch(spark, settings, query)
     ends = json.loads(lines[-1]) if lines else {}
     return {(topic, int(p)): int(end) for topic, found in ends.items() for p, end in found.items()}
 
 
 def watermark(spark: SparkSession, settings: Settings, query: str) -> datetime | None:
     """The watermark by which a stream's last committed batch dropped late rows; None before the first batch."""
-    lines = _last_batch(spark, settings, query)
+    lines = last_batch(spark, settings, query)
     return datetime.fromtimestamp(json.loads(lines[1])["batchWatermarkMs"] / 1000, UTC) if lines else None
 
 

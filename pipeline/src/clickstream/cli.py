@@ -116,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
         "compact",
         parents=[common],
         help="compact the lake's tables",
-        description="Joins small files of every table.",
+        description="Joins small files of every table. --vacuum refuses, before anything is done, while a stream has "
+        "yet to read what is older than a table's retention, or a backfill that can be taken back needs it.",
+        epilog="Exit codes: 0 done; 1 failed; 2 wrong usage; 4 vacuum was refused, and nothing was changed.",
     )
     job.add_argument(
         "--vacuum", action="store_true", help="also remove files past the tables' retention, and rows past the marts'"
