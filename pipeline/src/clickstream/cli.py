@@ -11,7 +11,8 @@ import logging
 import signal
 import sys
 from dataclasses import fields
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clickstream import __version__
@@ -58,6 +59,13 @@ def _hour(text: str) -> datetime:
             f"{text!r} is not a whole hour of UTC; write for example {moment:%Y-%m-%dT%H:00Z}"
         )
     return moment
+
+
+def _day(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a day; write for example 2025-11-29") from None
 
 
 def _port(text: str) -> int:
@@ -219,6 +227,18 @@ def _parser() -> argparse.ArgumentParser:
         "CLICKSTREAM_NOTIFY_* set what counts as a drop and a stall.",
     )
     notify.add_argument("--json", action="store_true", help="print the result as JSON")
+    report = commands.add_parser(
+        "report",
+        parents=[common],
+        help="write the report of a day",
+        description="Writes DIR/YYYY-MM-DD/report.html, a page without outside parts, with the day's funnel, its top "
+        "products, products of high interest and low conversion, data quality and the ledger; beside it funnel.csv, "
+        "products.csv and quality.csv; and DIR/index.html, which lists the days. All is read from the marts; a second "
+        "run replaces the files. Needs no Spark.",
+    )
+    report.add_argument("--date", type=_day, metavar="YYYY-MM-DD", help="day of UTC (default: yesterday)")
+    report.add_argument("--output", metavar="DIR", help=f"folder of all reports (default: {PREFIX}REPORT_DIR)")
+    report.add_argument("--json", action="store_true", help="print the result as JSON")
     show = commands.add_parser(
         "show",
         parents=[common],
@@ -417,6 +437,13 @@ def _without_spark(args: argparse.Namespace, settings: Settings) -> int:
     import psycopg
 
     try:
+        if args.command == "report":
+            from clickstream import report
+
+            day = args.date or (datetime.now(UTC) - timedelta(days=1)).date()
+            written = report.run(settings, day, Path(args.output or settings.report_dir))
+            print(json.dumps(written)) if args.json else print(*written["files"], sep="\n")
+            return 0
         from clickstream import notify
 
         found = notify.run(settings)
@@ -459,7 +486,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = latency.measure(settings, args.seconds)
         print(json.dumps(result)) if args.json else _print_table([result])
         return 1 if result["missing"] else 0
-    if args.command == "notify":
+    if args.command == "report" and not (args.output or settings.report_dir):
+        parser.error(f"give the folder of the reports: --output DIR, or {PREFIX}REPORT_DIR")
+    if args.command in ("notify", "report"):
         return _without_spark(args, settings)
     # Spark is imported after the settings are known to be good, so that a wrong one is told at once.
     if args.command == "stream":
