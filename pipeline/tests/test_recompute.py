@@ -13,6 +13,7 @@ import psycopg
 import pytest
 from conftest import Topic, event
 from delta.tables import DeltaTable
+from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from test_gold import Gold, at
 
@@ -150,11 +151,12 @@ def test_a_corrupted_partition_is_refused_and_nothing_is_changed(
     data = Path(file.removeprefix("file:"))
     data.write_bytes(data.read_bytes()[:100])
     spark.catalog.clearCache()
-    with pytest.raises(PySparkException) as failed:
+    with pytest.raises((PySparkException, Py4JJavaError)) as failed:
         run(0)
     assert served_marts() == before[0]
     assert cli._spark_failed(failed.value) == 1
     said = capsys.readouterr().err
+    assert "clickstream: Spark failed: org.apache.spark.SparkException: [FAILED_READ_FILE" in said
     assert "a table's file is missing or damaged, and the log names it: put it back from a copy, or RESTORE" in said
 
 

@@ -426,7 +426,9 @@ SPARK_FIXES = (
 def _spark_failed(error: Exception) -> int:
     log.error("Spark failed", exc_info=error)
     text = str(error)
-    said = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)[:300]
+    # Of a Java exception Python's bridge tells first where it was called.
+    lines = [line.lstrip(": ").strip() for line in text.splitlines() if not line.startswith("An error occurred while")]
+    said = next(filter(None, lines), type(error).__name__)[:300]
     fix = next((fix for signs, fix in SPARK_FIXES if any(sign in text for sign in signs)), "the log above says more")
     print(f"clickstream: Spark failed: {said}; {fix}, then run this again", file=sys.stderr)
     return 1
