@@ -8,10 +8,13 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 import pytest
 from conftest import CASES, NOW, Silver, Topic, batches, event, full_disk
 
-from clickstream import account, bronze, lake, silver
+from clickstream import account, bronze, checks, lake, silver
+from clickstream.errors import JobError
+from clickstream.marts import MartWriter
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -114,6 +117,32 @@ def test_a_second_run_takes_up_where_the_first_ended(shop: Lake) -> None:
     assert shop.places() == {0: ["events"], 1: ["duplicate"], 2: ["duplicate"], 3: ["events"]}
 
 
+def test_the_marts_have_the_ledger_too(shop: Lake, dsn: str) -> None:
+    """And get what a run could not put there, by the next one."""
+
+    def published() -> list[tuple[Any, ...]]:
+        account.publish(shop.spark, shop.settings, marts)
+        with psycopg.connect(dsn) as connection:
+            query = "SELECT partition, start_offset, end_offset, events, duplicates FROM quality.ledger ORDER BY 1, 2"
+            return connection.execute(query).fetchall()
+
+    marts = MartWriter(dsn, application_name="unit")
+    try:
+        shop.send([event(1), event(1)])
+        shop.account()
+        assert published() == [(0, 0, 2, 1, 1)]
+        with psycopg.connect(dsn) as connection:
+            connection.execute("DELETE FROM quality.ledger")
+        shop.send([event(2)], partition=1)
+        shop.account()
+        assert published() == [(0, 0, 2, 1, 1), (1, 0, 1, 1, 0)]
+    finally:
+        marts.close()
+        with psycopg.connect(dsn) as connection:
+            connection.execute("DROP SCHEMA IF EXISTS quality CASCADE")
+    assert checks.LEDGER.columns == tuple(account.LEDGER.schema.names[:-1])
+
+
 def test_only_closed_offsets_are_judged(shop: Lake) -> None:
     """What the stream has not committed is not missing, it is not there yet."""
     shop.send([event(1), event(1), event(1)])
@@ -157,7 +186,7 @@ def test_a_hole_is_named_until_it_is_closed(shop: Lake) -> None:
 def test_one_run_at_a_time(shop: Lake) -> None:
     with (
         lake.locked(shop.spark, shop.settings, account.LOCK),
-        pytest.raises(lake.JobError, match="another run began"),
+        pytest.raises(JobError, match="another run began"),
         lake.locked(shop.spark, shop.settings, account.LOCK),
     ):
         pass

@@ -1,6 +1,6 @@
 """The `clickstream` command: the streams and every bounded job.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 3 a dry run found differences.
+Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 3 a dry run found differences, 4 a gate refused.
 """
 
 from __future__ import annotations
@@ -11,18 +11,24 @@ import logging
 import signal
 import sys
 from dataclasses import fields
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clickstream import __version__
+from clickstream.errors import JobError, RefusedError
+from clickstream.limits import ParameterError
 from clickstream.settings import PREFIX, RULESET_VERSIONS, Settings, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+log = logging.getLogger("clickstream")
+
 STREAMS = ("bronze", "silver", "gold", "gold_hourly")
 # What `recompute` computes.
 GOLD = ("gold.product_funnel_1m", "gold.product_funnel_1h", "gold.conversion_1h", "gold.sessions")
+QUALITY_COLUMNS = ("check_name", "subject", "status", "value", "threshold")
 # The settings that are worth a flag; every other one has its variable.
 FLAGS = ("lake_uri", "bootstrap_servers", "topic", "spark_master", "marts_dsn", "status_dir")
 
@@ -55,6 +61,13 @@ def _hour(text: str) -> datetime:
     return moment
 
 
+def _day(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a day; write for example 2025-11-29") from None
+
+
 def _port(text: str) -> int:
     port = int(text)
     if not 0 <= port <= 65535:
@@ -67,6 +80,12 @@ def _rows(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
         "compact",
         parents=[common],
         help="compact the lake's tables",
-        description="Joins small files of every table.",
+        description="Joins small files of every table. --vacuum refuses, before anything is done, while a stream has "
+        "yet to read what is older than a table's retention, or a backfill that can be taken back needs it.",
+        epilog="Exit codes: 0 done; 1 failed; 2 wrong usage; 4 vacuum was refused, and nothing was changed.",
     )
     job.add_argument(
         "--vacuum", action="store_true", help="also remove files past the tables' retention, and rows past the marts'"
@@ -128,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         "transaction. Only hours that the streams have finished are computed; later ones are left out, with a message. "
         "A visit in gold.sessions belongs to the hour it begins in, and is left out while it may go on.",
         epilog="Exit codes: 0 done, or a dry run found no difference; 1 failed; 2 wrong usage; 3 a dry run found "
-        "differences.",
+        "differences; 4 there are more than --max-differences, and nothing was changed.",
     )
     recompute.add_argument(
         "--from", type=_hour, required=True, metavar="T", dest="start", help="first hour, for example 2025-11-29T12:00Z"
@@ -141,6 +162,13 @@ def _parser() -> argparse.ArgumentParser:
         help=f"comma-separated, of {', '.join(GOLD)} (default: all)",
     )
     recompute.add_argument("--dry-run", action="store_true", help="report the differences and change nothing")
+    recompute.add_argument(
+        "--max-differences",
+        type=_count,
+        metavar="N",
+        help="change nothing when more rows than this differ, in Delta and the marts together; visits that are new in "
+        "gold.sessions, which no stream writes, do not count (default: no limit)",
+    )
     recompute.add_argument("--json", action="store_true", help="print the report as JSON")
     backfill = commands.add_parser(
         "backfill",
@@ -179,6 +207,38 @@ def _parser() -> argparse.ArgumentParser:
     )
     alerts.add_argument("--rebuild", action="store_true", help="fold the whole funnel anew, after it was corrected")
     alerts.add_argument("--json", action="store_true", help="print the result as JSON")
+    quality = commands.add_parser(
+        "quality",
+        parents=[common],
+        help="measure freshness, holes, nulls, rejects and volume",
+        description="Measures how fresh each layer is, whether Bronze's offsets have holes, whether tables have their "
+        "columns and no nulls, each rule's part of the records and the volume against their own history. "
+        "Every result is a row of quality.checks in the marts. CLICKSTREAM_QUALITY_* set the limits.",
+        epilog="Exit codes: 0 nothing fails; 1 failed; 2 wrong usage or settings; 4 a check fails, named on stderr.",
+    )
+    quality.add_argument("--json", action="store_true", help="print the results as JSON")
+    notify = commands.add_parser(
+        "notify",
+        parents=[common],
+        help="put what people should know into the outbox, once",
+        description="Looks through the marts for new and closed episodes of gold.product_alerts, categories whose "
+        "conversion dropped, revenue that stalled and checks of the newest `clickstream quality` that fail. Each is "
+        "put once into alerts.outbox, from where Airflow delivers it, and printed when it is new. Needs no Spark. "
+        "CLICKSTREAM_NOTIFY_* set what counts as a drop and a stall.",
+    )
+    notify.add_argument("--json", action="store_true", help="print the result as JSON")
+    report = commands.add_parser(
+        "report",
+        parents=[common],
+        help="write the report of a day",
+        description="Writes DIR/YYYY-MM-DD/report.html, a page without outside parts, with the day's funnel, its top "
+        "products, products of high interest and low conversion, data quality and the ledger; beside it funnel.csv, "
+        "products.csv and quality.csv; and DIR/index.html, which lists the days. All is read from the marts; a second "
+        "run replaces the files. Needs no Spark.",
+    )
+    report.add_argument("--date", type=_day, metavar="YYYY-MM-DD", help="day of UTC (default: yesterday)")
+    report.add_argument("--output", metavar="DIR", help=f"folder of all reports (default: {PREFIX}REPORT_DIR)")
+    report.add_argument("--json", action="store_true", help="print the result as JSON")
     show = commands.add_parser(
         "show",
         parents=[common],
@@ -259,6 +319,14 @@ def _print_recomputed(report: dict[str, Any], as_json: bool) -> int:
                 print(f"{line['table']} ({line['place']}) differs at {key}")
         done = "replaced" if report["swapped"] else "nothing was changed"
         print(f"{report['start']} to {report['end']}: {report['differences']} differences, {done}")
+    if report["refused"]:
+        print(
+            f"clickstream: {report['unexpected']} differences are more than --max-differences allows: nothing was "
+            "changed. The report names the first of each table: find out what wrote them (late events and a backfill "
+            "are good reasons, a damaged table is not); then replace them with the same command without "
+            "--max-differences",
+            file=sys.stderr,
+        )
     if report["left_out"]:
         print(
             f"clickstream: {report['left_out']} visits that may still go on are left out; a later run has them",
@@ -269,6 +337,8 @@ def _print_recomputed(report: dict[str, Any], as_json: bool) -> int:
             f"clickstream: {report['end']} to {report['asked']} is left out: not final yet; run it again later",
             file=sys.stderr,
         )
+    if report["refused"]:
+        return 4
     return 3 if report["differences"] and not report["swapped"] else 0
 
 
@@ -314,6 +384,83 @@ def _print_backfilled(report: dict[str, Any], as_json: bool, streams: int, rollb
     return 3 if report["differences"] or report["relabelled"] else 0
 
 
+def _print_quality(report: dict[str, Any], as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _print_table([{name: check[name] for name in QUALITY_COLUMNS} for check in report["checks"]])
+    failed = [check for check in report["checks"] if check["status"] == "fail"]
+    for check in failed:
+        print(f"clickstream: {check['check_name']} of {check['subject']}: {check['detail']}", file=sys.stderr)
+    return 4 if failed else 0
+
+
+def _marts_away(settings: Settings, error: Exception) -> int:
+    print(
+        f"clickstream: the marts cannot be used with {settings.marts_dsn!r}: {str(error).strip()}; nothing more was "
+        "changed, run it again when PostgreSQL answers (`nodectl status postgresql`)",
+        file=sys.stderr,
+    )
+    return 1
+
+
+# What Spark's message has in it, and what an operator does about it.
+SPARK_FIXES = (
+    (("No space left on device", "Disk quota exceeded"), "make room on the lake's disk"),
+    (
+        ("Permission denied", "AccessControlException"),
+        "run it as a user of the lake's group, as the `clickstream` command does",
+    ),
+    (
+        ("FAILED_READ_FILE", "FileNotFoundException", "FILE_NOT_EXIST", "is not a Parquet file", "ChecksumException"),
+        "a table's file is missing or damaged, and the log names it: put it back from a copy, or RESTORE the table "
+        "with `spark-sql` to a version before it was lost",
+    ),
+    (
+        ("All masters are unresponsive", "Initial job has not accepted"),
+        "see `nodectl status`: Spark has no room or is away",
+    ),
+)
+
+
+def _spark_failed(error: Exception) -> int:
+    log.error("Spark failed", exc_info=error)
+    text = str(error)
+    # Of a Java exception Python's bridge tells first where it was called.
+    lines = [line.lstrip(": ").strip() for line in text.splitlines() if not line.startswith("An error occurred while")]
+    said = next(filter(None, lines), type(error).__name__)[:300]
+    fix = next((fix for signs, fix in SPARK_FIXES if any(sign in text for sign in signs)), "the log above says more")
+    print(f"clickstream: Spark failed: {said}; {fix}, then run this again", file=sys.stderr)
+    return 1
+
+
+def _without_spark(args: argparse.Namespace, settings: Settings) -> int:
+    """The jobs that need the marts only."""
+    import psycopg
+
+    try:
+        if args.command == "report":
+            from clickstream import report
+
+            day = args.date or (datetime.now(UTC) - timedelta(days=1)).date()
+            written = report.run(settings, day, Path(args.output or settings.report_dir))
+            print(json.dumps(written)) if args.json else print(*written["files"], sep="\n")
+            return 0
+        from clickstream import notify
+
+        found = notify.run(settings)
+        if args.json:
+            print(json.dumps(found))
+        else:
+            _print_table([{"kind": new["kind"], "message": new["message"]} for new in found["new"]], "nothing new")
+        return 0
+    except (JobError, SettingsError, ParameterError) as error:
+        print(f"clickstream: {error}", file=sys.stderr)
+        return 1 if isinstance(error, JobError) else 2
+    except psycopg.OperationalError as error:
+        return _marts_away(settings, error)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
@@ -341,13 +488,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = latency.measure(settings, args.seconds)
         print(json.dumps(result)) if args.json else _print_table([result])
         return 1 if result["missing"] else 0
+    if args.command == "report" and not (args.output or settings.report_dir):
+        parser.error(f"give the folder of the reports: --output DIR, or {PREFIX}REPORT_DIR")
+    if args.command in ("notify", "report"):
+        return _without_spark(args, settings)
     # Spark is imported after the settings are known to be good, so that a wrong one is told at once.
     if args.command == "stream":
         from clickstream import streams
 
         return streams.run(settings, args.queries, args.metrics_port)
-    from clickstream.detector import ParameterError
-    from clickstream.lake import JobError
+    from psycopg import OperationalError
+    from py4j.protocol import Py4JJavaError
+    from pyspark.errors import PySparkException
 
     # As an exception, so that a job that is stopped gives its locks back.
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -361,7 +513,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from clickstream import recompute
 
             span = recompute.Span(args.start, args.end)
-            return _print_recomputed(recompute.run(settings, span, args.tables, dry_run=args.dry_run), args.json)
+            found = recompute.run(
+                settings, span, args.tables, dry_run=args.dry_run, max_differences=args.max_differences
+            )
+            return _print_recomputed(found, args.json)
         if args.command == "backfill":
             from clickstream import backfill
 
@@ -383,17 +538,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 _print_table(episodes, "no product stands out")
             return 0
-    except (JobError, ParameterError) as error:
-        print(f"clickstream: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ParameterError) else 1
-    from clickstream import compact
+        if args.command == "compact":
+            from clickstream import compact
 
-    results = compact.run(settings, args.vacuum)
-    if args.json:
-        print(json.dumps(results))
-    else:
-        _print_table(results)
-    return 0
+            results = compact.run(settings, args.vacuum)
+            if args.json:
+                print(json.dumps(results))
+            else:
+                _print_table(results)
+            return 0
+        if args.command == "quality":
+            from clickstream import quality
+
+            return _print_quality(quality.run(settings), args.json)
+    except (JobError, ParameterError, SettingsError) as error:
+        print(f"clickstream: {error}", file=sys.stderr)
+        if isinstance(error, RefusedError):
+            return 4
+        return 1 if isinstance(error, JobError) else 2
+    except OperationalError as error:
+        return _marts_away(settings, error)
+    except (PySparkException, Py4JJavaError) as error:
+        return _spark_failed(error)
+    raise AssertionError(args.command)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Every table is computed beside the one that is served, compared with it in both places (Delta and the mart), and then
 takes its place: in Delta in one commit a table, in Postgres in one transaction for all marts. Rows that are the same
-are not written, so a second run finds and changes nothing.
+are not written, so a second run finds and changes nothing. With a limit of differences, everything is compared before
+anything is written, and beyond the limit nothing is.
 
 It is safe beside the streams. It computes final windows only, in which Silver's stream does not add anything any more;
 the accounting job does, so a run holds that job's lock too. A crash between the two places is repaired by running
@@ -24,7 +25,8 @@ from delta.tables import DeltaTable
 from pyspark.sql import functions as F  # noqa: N812
 
 from clickstream import account, gold, sessions, silver
-from clickstream.lake import JobError, Table, locked
+from clickstream.errors import JobError
+from clickstream.lake import Table, locked
 from clickstream.marts import NAMED, Difference, Mart, MartWriter, Part
 from clickstream.session import spark_session
 from clickstream.settings import seconds
@@ -55,7 +57,8 @@ class Target:
 
     `rows` is given silver.events and the span; its columns are the table's without the date. `settled`, given the
     horizon before which nothing changes any more, tells which rows are final; None is all of them. `before` and `after`
-    are how far from a span rows begin that its events can change.
+    are how far from a span rows begin that its events can change. `streamed` is whether a stream keeps the table too:
+    if not, rows that are missing are what a run is for, and nothing for a gate to stop at.
     """
 
     table: Table
@@ -64,6 +67,7 @@ class Target:
     settled: Callable[[datetime], Column] | None = None
     before: timedelta = timedelta(0)
     after: timedelta = timedelta(0)
+    streamed: bool = True
 
     def reach(self, span: Span) -> Span:
         """Where all rows begin that the span's events can change."""
@@ -107,6 +111,7 @@ TARGETS = {
             sessions.ended,
             before=sessions.LONGEST,
             after=sessions.GAP,
+            streamed=False,
         ),
     )
 }
@@ -124,6 +129,15 @@ class Line:
     differing: int
     first: list[str]
 
+    @property
+    def differences(self) -> int:
+        return self.missing + self.surplus + self.differing
+
+    @property
+    def unexpected(self) -> int:
+        """Those that a gate counts."""
+        return self.differences - (0 if TARGETS[self.table].streamed else self.missing)
+
     @classmethod
     def of(cls, target: Target, place: str, rows: int, found: Difference) -> Line:
         named = [
@@ -139,7 +153,7 @@ class Line:
 @dataclass(frozen=True)
 class Report:
     """`end` is before the end that was asked for when the last hours are not final yet; `left_out` counts the rows of
-    the hours before it that may still change: visits that may go on."""
+    the hours before it that may still change: visits that may go on. `refused`: more differences than were allowed."""
 
     start: str
     end: str
@@ -147,10 +161,15 @@ class Report:
     swapped: bool
     left_out: int
     lines: list[Line]
+    refused: bool = False
 
     @property
     def differences(self) -> int:
-        return sum(line.missing + line.surplus + line.differing for line in self.lines)
+        return sum(line.differences for line in self.lines)
+
+    @property
+    def unexpected(self) -> int:
+        return sum(line.unexpected for line in self.lines)
 
 
 def horizon(spark: SparkSession, settings: Settings) -> datetime:
@@ -215,8 +234,13 @@ def recompute(
     names: Sequence[str] = tuple(TARGETS),
     *,
     dry_run: bool = False,
+    max_differences: int | None = None,
 ) -> Report:
-    """Computes these tables again for the final hours of a span; unless it is a dry run, repairs what differs."""
+    """Computes these tables again for the final hours of a span; unless it is a dry run, repairs what differs.
+
+    With `max_differences`, more differing rows than that, of Delta and the marts together, are not repaired; visits
+    that are there for the first time do not count.
+    """
     targets = [TARGETS[name] for name in names]
     for table in (silver.EVENTS, *(target.table for target in targets)):
         table.ensure(spark, settings)
@@ -237,29 +261,39 @@ def recompute(
             shadow = computed.where(target.settled(until)) if target.settled else computed
             shadows.append((target, shadow, shadow.count()))
             left_out += computed.count() - shadows[-1][2] if target.settled else 0
-            served = target.within(target.table.read(spark, settings), scope)
-            found = compare(served, shadow, target.mart.key)
-            if found.any and not dry_run:
-                dated = shadow.withColumn("event_date", F.to_date(target.mart.time)).repartition("event_date")
-                target.table.replace(dated, settings, target.where(scope))
+            found = compare(target.within(target.table.read(spark, settings), scope), shadow, target.mart.key)
             lines.append(Line.of(target, "delta", shadows[-1][2], found))
             log.info("%s: %d rows in %.1f s", target.table.name, shadows[-1][2], time.monotonic() - began)
+        differing = [line.differences > 0 for line in lines]
+        parts = []
         if settings.marts_dsn:
             marts = MartWriter(settings.marts_dsn, application_name="clickstream-recompute")
             stack.callback(marts.close)
             for target in targets:
                 marts.ensure(target.mart)
-            parts = []
             for target, shadow, _ in shadows:
                 kept = _kept(target.reach(span), marts.kept_since(target.mart, settings.mart_retention_days))
                 parts.append(Part(target.mart, _reader(target, shadow, kept), kept.start, kept.end))
-            in_marts = marts.reconcile(parts, swap=not dry_run)
-            for (target, _, rows), found in zip(shadows, in_marts, strict=True):
-                lines.append(Line.of(target, "mart", rows, found))
         else:
             log.warning("CLICKSTREAM_MARTS_DSN is not set: no Postgres mart is compared")
+
+        def reconcile(*, swap: bool) -> list[Line]:
+            found = marts.reconcile(parts, swap=swap) if parts else []
+            return [Line.of(target, "mart", rows, one) for (target, _, rows), one in zip(shadows, found, strict=False)]
+
+        in_marts = reconcile(swap=False) if dry_run or max_differences is not None else []
+        total = sum(line.unexpected for line in (*lines, *in_marts))
+        refused = max_differences is not None and total > max_differences
+        swap = not (dry_run or refused)
+        if swap:
+            for (target, shadow, _), differs in zip(shadows, differing, strict=True):
+                if differs:
+                    dated = shadow.withColumn("event_date", F.to_date(target.mart.time)).repartition("event_date")
+                    target.table.replace(dated, settings, target.where(target.reach(span)))
+            in_marts = reconcile(swap=True)
+        lines += in_marts
     start, end, until_asked = (f"{moment:%Y-%m-%dT%H:%MZ}" for moment in (span.start, span.end, asked.end))
-    return Report(start, end, until_asked, not dry_run, left_out, lines)
+    return Report(start, end, until_asked, swap, left_out, lines, refused)
 
 
 def _kept(span: Span, since: datetime | None) -> Span:
@@ -279,15 +313,17 @@ def _reader(target: Target, shadow: DataFrame, span: Span) -> Callable[[], Itera
 
 
 def as_dict(report: Report) -> dict[str, Any]:
-    return asdict(report) | {"differences": report.differences}
+    return asdict(report) | {"differences": report.differences, "unexpected": report.unexpected}
 
 
-def run(settings: Settings, asked: Span, names: Sequence[str], *, dry_run: bool) -> dict[str, Any]:
+def run(
+    settings: Settings, asked: Span, names: Sequence[str], *, dry_run: bool, max_differences: int | None = None
+) -> dict[str, Any]:
     """Raises JobError when another run is there, or nothing of the range is final."""
     spark = spark_session(settings, "clickstream-recompute")
     try:
         with locked(spark, settings, LOCK), locked(spark, settings, account.LOCK):
-            report = recompute(spark, settings, asked, names, dry_run=dry_run)
+            report = recompute(spark, settings, asked, names, dry_run=dry_run, max_differences=max_differences)
         return as_dict(report)
     finally:
         spark.stop()

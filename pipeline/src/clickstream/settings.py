@@ -51,6 +51,8 @@ class Settings:
     spark_master: str = "local[2]"
     marts_dsn: str = ""
     status_dir: str = ""
+    # Where `clickstream report` keeps the days' reports.
+    report_dir: str = ""
 
     trigger_bronze: str = "10 seconds"
     trigger_silver: str = "3 seconds"
@@ -162,6 +164,11 @@ class Settings:
             else:
                 values[field.name] = raw.strip()
         return cls(**values)  # type: ignore[arg-type]
+
+    def require_marts(self) -> None:
+        """SettingsError without the marts' connection string."""
+        if not self.marts_dsn:
+            self._fail("marts_dsn", "it is not set", "export it, for example service=analytics, or pass --marts-dsn")
 
     def table(self, name: str) -> str:
         """Where table `layer.name` lives."""
