@@ -1,6 +1,6 @@
 """The `clickstream` command: the streams and every bounded job.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 3 a dry run found differences.
+Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 3 a dry run found differences, 4 a gate refused.
 """
 
 from __future__ import annotations
@@ -69,6 +69,12 @@ def _rows(text: str) -> int:
     return value
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     variables = ", ".join(PREFIX + field.name.upper() for field in fields(Settings))
     parser = argparse.ArgumentParser(
@@ -128,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         "transaction. Only hours that the streams have finished are computed; later ones are left out, with a message. "
         "A visit in gold.sessions belongs to the hour it begins in, and is left out while it may go on.",
         epilog="Exit codes: 0 done, or a dry run found no difference; 1 failed; 2 wrong usage; 3 a dry run found "
-        "differences.",
+        "differences; 4 there are more than --max-differences, and nothing was changed.",
     )
     recompute.add_argument(
         "--from", type=_hour, required=True, metavar="T", dest="start", help="first hour, for example 2025-11-29T12:00Z"
@@ -141,6 +147,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"comma-separated, of {', '.join(GOLD)} (default: all)",
     )
     recompute.add_argument("--dry-run", action="store_true", help="report the differences and change nothing")
+    recompute.add_argument(
+        "--max-differences",
+        type=_count,
+        metavar="N",
+        help="change nothing when more rows than this differ, in Delta and the marts together (default: no limit)",
+    )
     recompute.add_argument("--json", action="store_true", help="print the report as JSON")
     backfill = commands.add_parser(
         "backfill",
@@ -259,6 +271,14 @@ def _print_recomputed(report: dict[str, Any], as_json: bool) -> int:
                 print(f"{line['table']} ({line['place']}) differs at {key}")
         done = "replaced" if report["swapped"] else "nothing was changed"
         print(f"{report['start']} to {report['end']}: {report['differences']} differences, {done}")
+    if report["refused"]:
+        print(
+            f"clickstream: {report['differences']} differences are more than --max-differences allows: nothing was "
+            "changed. The report names the first of each table: find out what wrote them (late events and a backfill "
+            "are good reasons, a damaged table is not); then replace them with the same command without "
+            "--max-differences",
+            file=sys.stderr,
+        )
     if report["left_out"]:
         print(
             f"clickstream: {report['left_out']} visits that may still go on are left out; a later run has them",
@@ -269,6 +289,8 @@ def _print_recomputed(report: dict[str, Any], as_json: bool) -> int:
             f"clickstream: {report['end']} to {report['asked']} is left out: not final yet; run it again later",
             file=sys.stderr,
         )
+    if report["refused"]:
+        return 4
     return 3 if report["differences"] and not report["swapped"] else 0
 
 
@@ -361,7 +383,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from clickstream import recompute
 
             span = recompute.Span(args.start, args.end)
-            return _print_recomputed(recompute.run(settings, span, args.tables, dry_run=args.dry_run), args.json)
+            found = recompute.run(
+                settings, span, args.tables, dry_run=args.dry_run, max_differences=args.max_differences
+            )
+            return _print_recomputed(found, args.json)
         if args.command == "backfill":
             from clickstream import backfill
 

@@ -2,7 +2,8 @@
 
 Every table is computed beside the one that is served, compared with it in both places (Delta and the mart), and then
 takes its place: in Delta in one commit a table, in Postgres in one transaction for all marts. Rows that are the same
-are not written, so a second run finds and changes nothing.
+are not written, so a second run finds and changes nothing. With a limit of differences, everything is compared before
+anything is written, and beyond the limit nothing is.
 
 It is safe beside the streams. It computes final windows only, in which Silver's stream does not add anything any more;
 the accounting job does, so a run holds that job's lock too. A crash between the two places is repaired by running
@@ -124,6 +125,10 @@ class Line:
     differing: int
     first: list[str]
 
+    @property
+    def differences(self) -> int:
+        return self.missing + self.surplus + self.differing
+
     @classmethod
     def of(cls, target: Target, place: str, rows: int, found: Difference) -> Line:
         named = [
@@ -139,7 +144,7 @@ class Line:
 @dataclass(frozen=True)
 class Report:
     """`end` is before the end that was asked for when the last hours are not final yet; `left_out` counts the rows of
-    the hours before it that may still change: visits that may go on."""
+    the hours before it that may still change: visits that may go on. `refused`: more differences than were allowed."""
 
     start: str
     end: str
@@ -147,10 +152,11 @@ class Report:
     swapped: bool
     left_out: int
     lines: list[Line]
+    refused: bool = False
 
     @property
     def differences(self) -> int:
-        return sum(line.missing + line.surplus + line.differing for line in self.lines)
+        return sum(line.differences for line in self.lines)
 
 
 def horizon(spark: SparkSession, settings: Settings) -> datetime:
@@ -215,8 +221,12 @@ def recompute(
     names: Sequence[str] = tuple(TARGETS),
     *,
     dry_run: bool = False,
+    max_differences: int | None = None,
 ) -> Report:
-    """Computes these tables again for the final hours of a span; unless it is a dry run, repairs what differs."""
+    """Computes these tables again for the final hours of a span; unless it is a dry run, repairs what differs.
+
+    With `max_differences`, more differing rows than that, of Delta and the marts together, are not repaired.
+    """
     targets = [TARGETS[name] for name in names]
     for table in (silver.EVENTS, *(target.table for target in targets)):
         table.ensure(spark, settings)
@@ -237,29 +247,39 @@ def recompute(
             shadow = computed.where(target.settled(until)) if target.settled else computed
             shadows.append((target, shadow, shadow.count()))
             left_out += computed.count() - shadows[-1][2] if target.settled else 0
-            served = target.within(target.table.read(spark, settings), scope)
-            found = compare(served, shadow, target.mart.key)
-            if found.any and not dry_run:
-                dated = shadow.withColumn("event_date", F.to_date(target.mart.time)).repartition("event_date")
-                target.table.replace(dated, settings, target.where(scope))
+            found = compare(target.within(target.table.read(spark, settings), scope), shadow, target.mart.key)
             lines.append(Line.of(target, "delta", shadows[-1][2], found))
             log.info("%s: %d rows in %.1f s", target.table.name, shadows[-1][2], time.monotonic() - began)
+        differing = [line.differences > 0 for line in lines]
+        parts = []
         if settings.marts_dsn:
             marts = MartWriter(settings.marts_dsn, application_name="clickstream-recompute")
             stack.callback(marts.close)
             for target in targets:
                 marts.ensure(target.mart)
-            parts = []
             for target, shadow, _ in shadows:
                 kept = _kept(target.reach(span), marts.kept_since(target.mart, settings.mart_retention_days))
                 parts.append(Part(target.mart, _reader(target, shadow, kept), kept.start, kept.end))
-            in_marts = marts.reconcile(parts, swap=not dry_run)
-            for (target, _, rows), found in zip(shadows, in_marts, strict=True):
-                lines.append(Line.of(target, "mart", rows, found))
         else:
             log.warning("CLICKSTREAM_MARTS_DSN is not set: no Postgres mart is compared")
+
+        def reconcile(*, swap: bool) -> list[Line]:
+            found = marts.reconcile(parts, swap=swap) if parts else []
+            return [Line.of(target, "mart", rows, one) for (target, _, rows), one in zip(shadows, found, strict=False)]
+
+        in_marts = reconcile(swap=False) if dry_run or max_differences is not None else []
+        total = sum(line.differences for line in (*lines, *in_marts))
+        refused = max_differences is not None and total > max_differences
+        swap = not (dry_run or refused)
+        if swap:
+            for (target, shadow, _), differs in zip(shadows, differing, strict=True):
+                if differs:
+                    dated = shadow.withColumn("event_date", F.to_date(target.mart.time)).repartition("event_date")
+                    target.table.replace(dated, settings, target.where(target.reach(span)))
+            in_marts = reconcile(swap=True)
+        lines += in_marts
     start, end, until_asked = (f"{moment:%Y-%m-%dT%H:%MZ}" for moment in (span.start, span.end, asked.end))
-    return Report(start, end, until_asked, not dry_run, left_out, lines)
+    return Report(start, end, until_asked, swap, left_out, lines, refused)
 
 
 def _kept(span: Span, since: datetime | None) -> Span:
@@ -282,12 +302,14 @@ def as_dict(report: Report) -> dict[str, Any]:
     return asdict(report) | {"differences": report.differences}
 
 
-def run(settings: Settings, asked: Span, names: Sequence[str], *, dry_run: bool) -> dict[str, Any]:
+def run(
+    settings: Settings, asked: Span, names: Sequence[str], *, dry_run: bool, max_differences: int | None = None
+) -> dict[str, Any]:
     """Raises JobError when another run is there, or nothing of the range is final."""
     spark = spark_session(settings, "clickstream-recompute")
     try:
         with locked(spark, settings, LOCK), locked(spark, settings, account.LOCK):
-            report = recompute(spark, settings, asked, names, dry_run=dry_run)
+            report = recompute(spark, settings, asked, names, dry_run=dry_run, max_differences=max_differences)
         return as_dict(report)
     finally:
         spark.stop()
