@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from pathlib import Path
 
 from airflow.providers.standard.operators.python import PythonOperator
 from airflow.sdk import DAG, CronTriggerTimetable
-from orchestration import Command, shared
+from orchestration import Command, shared, trim_logs
 
 DOC = """
 ### airflow_maintenance
@@ -19,29 +18,6 @@ inventory.
 **When it fails**: the log names the table or file. Safe to run again; missed runs need no catching up. By hand:
 `airflow db clean --clean-before-timestamp DATE --dry-run`.
 """
-
-
-def trim_logs(days: str, max_mib: str) -> dict[str, int]:
-    """Removes logs that are too old, then the oldest while there are too many; counts and sizes in MiB."""
-    import time
-
-    from airflow.configuration import conf
-
-    folder = Path(conf.get("logging", "base_log_folder"))
-    stats = sorted((path.lstat().st_mtime, path.lstat().st_size, path) for path in folder.rglob("*") if path.is_file())
-    kept = sum(size for _, size, _ in stats)
-    removed = 0
-    for written, size, path in stats:
-        if written > time.time() - 86400 * int(days) and kept <= int(max_mib) << 20:
-            break
-        path.unlink(missing_ok=True)
-        removed += 1
-        kept -= size
-    # Deepest first; one that a task has just filled is not empty.
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir() and not any(path.iterdir()) and path.stat().st_mtime < time.time() - 86400:
-            path.rmdir()
-    return {"removed": removed, "kept": len(stats) - removed, "kept_mib": kept >> 20}
 
 
 with DAG(

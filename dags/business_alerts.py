@@ -24,13 +24,14 @@ each once; `deliver` sends the outbox, in which failed DAGs are too, to every si
 
 Connections are `airflow_connections` of the inventory; `make up` or `make deploy` brings them, no daemon restarts.
 
-**When `deliver` fails** a sink is away: the log says which and why. Nothing is lost, the next run sends what is left,
-and no sink gets an alert twice. What is waiting:
+**When it fails**: if it is `deliver`, a sink is away: the log says which and why. Nothing is lost, the next run sends
+what is left, and no sink gets an alert twice. What is waiting:
 
     SELECT o.alert_key, d.sink, d.attempts, d.last_error FROM alerts.outbox o JOIN alerts.deliveries d USING (alert_key)
     WHERE d.delivered_at IS NULL ORDER BY o.raised_at;
 
-**When `find` fails** the others still do their work. By hand: `make alerts`; `clickstream notify` on a pipeline node.
+If it is `find` or `notify`, the others still do their work. By hand: `make alerts`; `clickstream notify` on a
+pipeline node.
 """
 
 with DAG(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
 import subprocess
+import time
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from airflow.providers.apache.spark.operators.spark_submit import SparkSubmitOperator
@@ -241,6 +244,34 @@ def tell_late(context: Any) -> None:
         f"{SPARK_POOL} and the Spark master have a free slot",
         {"run_id": run["dag_run_id"], "link": _page(run["dag_id"], run["dag_run_id"])},
     )
+
+
+# --- Upkeep ----------------------------------------------------------------------------------------------------
+
+
+def trim_logs(days: str, max_mib: str) -> dict[str, int]:
+    """Removes logs that are too old, then the oldest while there are too many; counts and sizes in MiB."""
+    from airflow.configuration import conf
+
+    folder = Path(conf.get("logging", "base_log_folder"))
+    stats = sorted((path.lstat().st_mtime, path.lstat().st_size, path) for path in folder.rglob("*") if path.is_file())
+    kept = sum(size for _, size, _ in stats)
+    removed = 0
+    for written, size, path in stats:
+        if written > time.time() - 86400 * int(days) and kept <= int(max_mib) << 20:
+            break
+        path.unlink(missing_ok=True)
+        removed += 1
+        kept -= size
+    # Deepest first; of those that were not used for a day the empty ones go.
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and path.lstat().st_mtime < time.time() - 86400:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+    return {"removed": removed, "kept": len(stats) - removed, "kept_mib": kept >> 20}
+
+
+# --- What every DAG has ----------------------------------------------------------------------------------------
 
 
 def shared(*, deadline: timedelta, **default_args: Any) -> dict[str, Any]:

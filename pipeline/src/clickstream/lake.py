@@ -21,6 +21,7 @@ from delta.exceptions import (
     ProtocolChangedException,
 )
 from delta.tables import DeltaTable
+from py4j.protocol import Py4JJavaError
 from pyspark.sql.types import StructType
 
 if TYPE_CHECKING:
@@ -128,6 +129,19 @@ LOCK_RENEWED_S = 10.0
 LOCK_EXPIRES_S = 60.0
 
 
+def _created(fs: Any, path: Any) -> bool:
+    """Makes a file that is not there yet; whether it did."""
+    # The file system decides in one step; S3's does so when it is asked to, others know no such option.
+    builder = fs.createFile(path).recursive().overwrite(False).opt("fs.option.create.conditional.overwrite", "true")
+    try:
+        builder.build().close()
+    except Py4JJavaError:
+        if not fs.exists(path):
+            raise
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def locked(spark: SparkSession, settings: Settings, name: str) -> Iterator[None]:
     """Holds a lock of the lake; JobError when another run holds it, which it shows by writing it again and again."""
@@ -135,24 +149,28 @@ def locked(spark: SparkSession, settings: Settings, name: str) -> Iterator[None]
     assert jvm is not None
     path = jvm.org.apache.hadoop.fs.Path(f"{settings.lake_uri}/_locks/{name}")
     fs = path.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
-    holder = spark.sparkContext.applicationId.encode()
 
     def write() -> None:
         stream = fs.create(path, True)
-        stream.write(holder)
+        stream.write(f"{time.time():.3f} {spark.sparkContext.applicationId}".encode())
         stream.close()
 
     def age(of: Any) -> float:
-        return time.time() - float(fs.getFileStatus(of).getModificationTime()) / 1000
+        # By what is in it: S3 renames by copying, which is a new time of the file.
+        stream = fs.open(of)
+        text = bytes(stream.readAllBytes()).decode()
+        stream.close()
+        written = float(text.split()[0]) if text else fs.getFileStatus(of).getModificationTime() / 1000
+        return time.time() - float(written)
 
-    held = fs.createNewFile(path)
+    held = _created(fs, path)
     if not held and age(path) > LOCK_EXPIRES_S:
         # Of two runs that see it expired one renames it, and looks at what it got: it may be the other's new one.
         expired = jvm.org.apache.hadoop.fs.Path(f"{path.toString()}.{uuid.uuid4().hex}")
         if fs.rename(path, expired):
             if age(expired) > LOCK_EXPIRES_S:
                 log.warning("took over %s, whose run ended without giving it back", path.toString())
-                held = fs.createNewFile(path)
+                held = _created(fs, path)
                 fs.delete(expired, False)
             else:
                 fs.rename(expired, path)
