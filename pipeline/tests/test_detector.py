@@ -24,11 +24,11 @@ from clickstream.detector import (
     MINUTE,
     Detector,
     Episode,
-    ParameterError,
     Parameters,
     interest_z,
     wilson_upper,
 )
+from clickstream.limits import ParameterError
 from clickstream.producer import Shop
 
 if TYPE_CHECKING:

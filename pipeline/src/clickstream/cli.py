@@ -15,10 +15,14 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from clickstream import __version__
+from clickstream.errors import JobError, RefusedError
+from clickstream.limits import ParameterError
 from clickstream.settings import PREFIX, RULESET_VERSIONS, Settings, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+log = logging.getLogger("clickstream")
 
 STREAMS = ("bronze", "silver", "gold", "gold_hourly")
 # What `recompute` computes.
@@ -151,7 +155,8 @@ def _parser() -> argparse.ArgumentParser:
         "--max-differences",
         type=_count,
         metavar="N",
-        help="change nothing when more rows than this differ, in Delta and the marts together (default: no limit)",
+        help="change nothing when more rows than this differ, in Delta and the marts together; visits that are new in "
+        "gold.sessions, which no stream writes, do not count (default: no limit)",
     )
     recompute.add_argument("--json", action="store_true", help="print the report as JSON")
     backfill = commands.add_parser(
@@ -191,6 +196,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     alerts.add_argument("--rebuild", action="store_true", help="fold the whole funnel anew, after it was corrected")
     alerts.add_argument("--json", action="store_true", help="print the result as JSON")
+    notify = commands.add_parser(
+        "notify",
+        parents=[common],
+        help="put what people should know into the outbox, once",
+        description="Looks through the marts for new and closed episodes of gold.product_alerts, categories whose "
+        "conversion dropped, revenue that stalled and checks of the newest `clickstream quality` that fail. Each is "
+        "put once into alerts.outbox, from where Airflow delivers it, and printed when it is new. Needs no Spark. "
+        "CLICKSTREAM_NOTIFY_* set what counts as a drop and a stall.",
+    )
+    notify.add_argument("--json", action="store_true", help="print the result as JSON")
     show = commands.add_parser(
         "show",
         parents=[common],
@@ -273,7 +288,7 @@ def _print_recomputed(report: dict[str, Any], as_json: bool) -> int:
         print(f"{report['start']} to {report['end']}: {report['differences']} differences, {done}")
     if report["refused"]:
         print(
-            f"clickstream: {report['differences']} differences are more than --max-differences allows: nothing was "
+            f"clickstream: {report['unexpected']} differences are more than --max-differences allows: nothing was "
             "changed. The report names the first of each table: find out what wrote them (late events and a backfill "
             "are good reasons, a damaged table is not); then replace them with the same command without "
             "--max-differences",
@@ -336,6 +351,63 @@ def _print_backfilled(report: dict[str, Any], as_json: bool, streams: int, rollb
     return 3 if report["differences"] or report["relabelled"] else 0
 
 
+def _marts_away(settings: Settings, error: Exception) -> int:
+    print(
+        f"clickstream: the marts cannot be used with {settings.marts_dsn!r}: {str(error).strip()}; nothing more was "
+        "changed, run it again when PostgreSQL answers (`nodectl status postgresql`)",
+        file=sys.stderr,
+    )
+    return 1
+
+
+# What Spark's message has in it, and what an operator does about it.
+SPARK_FIXES = (
+    (("No space left on device", "Disk quota exceeded"), "make room on the lake's disk"),
+    (
+        ("Permission denied", "AccessControlException"),
+        "run it as a user of the lake's group, as the `clickstream` command does",
+    ),
+    (
+        ("FAILED_READ_FILE", "FileNotFoundException", "FILE_NOT_EXIST", "is not a Parquet file", "ChecksumException"),
+        "a table's file is missing or damaged, and the log names it: put it back from a copy, or RESTORE the table "
+        "with `spark-sql` to a version before it was lost",
+    ),
+    (
+        ("All masters are unresponsive", "Initial job has not accepted"),
+        "see `nodectl status`: Spark has no room or is away",
+    ),
+)
+
+
+def _spark_failed(error: Exception) -> int:
+    log.error("Spark failed", exc_info=error)
+    text = str(error)
+    said = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)[:300]
+    fix = next((fix for signs, fix in SPARK_FIXES if any(sign in text for sign in signs)), "the log above says more")
+    print(f"clickstream: Spark failed: {said}; {fix}, then run this again", file=sys.stderr)
+    return 1
+
+
+def _without_spark(args: argparse.Namespace, settings: Settings) -> int:
+    """The jobs that need the marts only."""
+    import psycopg
+
+    try:
+        from clickstream import notify
+
+        found = notify.run(settings)
+        if args.json:
+            print(json.dumps(found))
+        else:
+            _print_table([{"kind": new["kind"], "message": new["message"]} for new in found["new"]], "nothing new")
+        return 0
+    except (JobError, SettingsError, ParameterError) as error:
+        print(f"clickstream: {error}", file=sys.stderr)
+        return 1 if isinstance(error, JobError) else 2
+    except psycopg.OperationalError as error:
+        return _marts_away(settings, error)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
@@ -363,13 +435,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = latency.measure(settings, args.seconds)
         print(json.dumps(result)) if args.json else _print_table([result])
         return 1 if result["missing"] else 0
+    if args.command == "notify":
+        return _without_spark(args, settings)
     # Spark is imported after the settings are known to be good, so that a wrong one is told at once.
     if args.command == "stream":
         from clickstream import streams
 
         return streams.run(settings, args.queries, args.metrics_port)
-    from clickstream.detector import ParameterError
-    from clickstream.lake import JobError
+    from psycopg import OperationalError
+    from py4j.protocol import Py4JJavaError
+    from pyspark.errors import PySparkException
 
     # As an exception, so that a job that is stopped gives its locks back.
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -408,17 +483,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 _print_table(episodes, "no product stands out")
             return 0
-    except (JobError, ParameterError) as error:
-        print(f"clickstream: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ParameterError) else 1
-    from clickstream import compact
+        if args.command == "compact":
+            from clickstream import compact
 
-    results = compact.run(settings, args.vacuum)
-    if args.json:
-        print(json.dumps(results))
-    else:
-        _print_table(results)
-    return 0
+            results = compact.run(settings, args.vacuum)
+            if args.json:
+                print(json.dumps(results))
+            else:
+                _print_table(results)
+            return 0
+    except (JobError, ParameterError, SettingsError) as error:
+        print(f"clickstream: {error}", file=sys.stderr)
+        if isinstance(error, RefusedError):
+            return 4
+        return 1 if isinstance(error, JobError) else 2
+    except OperationalError as error:
+        return _marts_away(settings, error)
+    except (PySparkException, Py4JJavaError) as error:
+        return _spark_failed(error)
+    raise AssertionError(args.command)
 
 
 if __name__ == "__main__":

@@ -43,15 +43,15 @@ for opening only: with fewer views the bound rises by itself, and an episode tha
 from __future__ import annotations
 
 import math
-import os
 from bisect import bisect_left
 from collections import deque
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from statistics import NormalDist, median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from clickstream.limits import Limits
 from clickstream.settings import PREFIX
 
 if TYPE_CHECKING:
@@ -63,13 +63,11 @@ MINUTE = timedelta(minutes=1)
 _MAD_SCALE = 1.4826
 
 
-class ParameterError(ValueError):
-    """A parameter is wrong; the message names it and the fix."""
-
-
 @dataclass(frozen=True)
-class Parameters:
+class Parameters(Limits):
     """What counts as high interest, low conversion and enough evidence."""
+
+    prefix: ClassVar[str] = ALERT_PREFIX
 
     # The sliding window, minutes.
     window_minutes: int = 60
@@ -91,20 +89,10 @@ class Parameters:
     close_minutes: int = 5
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, whole = getattr(self, field.name), isinstance(field.default, int)
-            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-                self._fail(field.name, f"{value!r} is not a {'whole ' if whole else ''}number", "write digits only")
-            if whole and value < 1:
-                self._fail(field.name, f"{value} is too small", "give it a whole number of 1 or more")
-            if not math.isfinite(value) or value <= 0:
-                self._fail(field.name, f"{value} is not above 0", "give it a number above 0")
+        super().__post_init__()
         if self.window_minutes > 24 * 60:
             self._fail("window_minutes", f"{self.window_minutes} is more than a day", "give it at most 1440")
-        if not 0.5 < self.confidence < 1:
-            self._fail(
-                "confidence", f"{self.confidence} is not between 0.5 and 1", "write 0.99 for one error in a hundred"
-            )
+        self._confidence("confidence")
         if self.close_fraction > 1:
             self._fail("close_fraction", f"{self.close_fraction} is above the catalogue's rate", "give it at most 1")
         if self.conversion_fraction > self.close_fraction:
@@ -127,30 +115,10 @@ class Parameters:
         """The normal quantile of the confidence."""
         return NormalDist().inv_cdf(self.confidence)
 
-    @staticmethod
-    def _fail(name: str, problem: str, fix: str) -> None:
-        raise ParameterError(f"{name}: {problem}; {fix}")
-
 
 def parameters(env: Mapping[str, str] | None = None) -> Parameters:
     """The detector's parameters, each from CLICKSTREAM_ALERT_ and its name; an error names the variable."""
-    env = os.environ if env is None else env
-    values: dict[str, Any] = {}
-    for field in fields(Parameters):
-        raw = env.get(ALERT_PREFIX + field.name.upper())
-        if raw is None:
-            continue
-        try:
-            values[field.name] = int(raw) if isinstance(field.default, int) else float(raw)
-        except ValueError:
-            raise ParameterError(
-                f"{ALERT_PREFIX}{field.name.upper()}: {raw!r} is not a number; write for example {field.default}"
-            ) from None
-    try:
-        return Parameters(**values)
-    except ParameterError as error:
-        name, _, problem = str(error).partition(":")
-        raise ParameterError(f"{ALERT_PREFIX}{name.upper()}:{problem}") from None
+    return Parameters.from_env(env)
 
 
 class Counts(NamedTuple):

@@ -24,6 +24,8 @@ from delta.tables import DeltaTable
 from py4j.protocol import Py4JJavaError
 from pyspark.sql.types import StructType
 
+from clickstream.errors import JobError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -118,10 +120,6 @@ def retry_conflicts(action: Callable[[], T], attempts: int = 6) -> T:
             log.info("a concurrent commit won (%s), attempt %d", type(error).__name__, attempt)
             time.sleep(random.uniform(0.2, 0.5) * attempt)
     raise AssertionError("unreachable")
-
-
-class JobError(Exception):
-    """What an operator has to do before a bounded job can run."""
 
 
 # A run that holds a lock writes it anew this often; one that was killed has lost it after the other time.

@@ -88,7 +88,7 @@ class MartWriter:
             self._connection.close()
             self._connection = None
 
-    def _transact(self, work: Callable[[psycopg.Connection[Any]], T]) -> T:
+    def transact(self, work: Callable[[psycopg.Connection[Any]], T]) -> T:
         """Runs idempotent work in a transaction, again while the server is away; other errors are raised."""
         deadline = time.monotonic() + RETRY_SECONDS
         while True:
@@ -105,17 +105,21 @@ class MartWriter:
 
     def ensure(self, mart: Mart) -> None:
         """Creates the schema and the mart where they are missing; needs no privilege where they exist."""
+        self.create(mart.schema, [sql.SQL(statement).format(table=mart.table) for statement in mart.ddl])
+
+    def create(self, schema: str, statements: Sequence[sql.Composable]) -> None:
+        """Creates a schema where it is missing, then runs idempotent statements."""
 
         def work(connection: psycopg.Connection[Any]) -> None:
             # Applications may start together, and CREATE IF NOT EXISTS is not safe against that.
             connection.execute("SELECT pg_advisory_xact_lock(hashtext('clickstream.ddl'))")
-            row = connection.execute("SELECT to_regnamespace(%s)", (mart.schema,)).fetchone()
+            row = connection.execute("SELECT to_regnamespace(%s)", (schema,)).fetchone()
             if row is None or row[0] is None:
-                connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(mart.schema)))
-            for statement in mart.ddl:
-                connection.execute(sql.SQL(statement).format(table=mart.table))
+                connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(schema)))
+            for statement in statements:
+                connection.execute(statement)
 
-        self._transact(work)
+        self.transact(work)
 
     def windows(self, mart: Mart, *, final: bool, since: datetime | None = None) -> set[datetime]:
         def work(connection: psycopg.Connection[Any]) -> set[datetime]:
@@ -125,7 +129,7 @@ class MartWriter:
             ).format(mart.table)
             return {row[0] for row in connection.execute(query, (final, since))}
 
-        return self._transact(work)
+        return self.transact(work)
 
     def replace_windows(self, mart: Mart, windows: Sequence[datetime], rows: Iterable[Sequence[Any]]) -> None:
         """Makes the mart hold exactly `rows` for `windows`; rows that are the same already are not touched."""
@@ -135,7 +139,7 @@ class MartWriter:
             _load(connection, mart, rows)
             _swap(connection, mart, sql.SQL("{time} = ANY(%s)"), (list(windows),))
 
-        self._transact(work)
+        self.transact(work)
 
     def kept_since(self, mart: Mart, days: int) -> datetime | None:
         """The start of the day that is so many days before the mart's newest row; None while it has no row.
@@ -150,7 +154,7 @@ class MartWriter:
             row = connection.execute(query, (days,)).fetchone()
             return row[0] if row else None
 
-        return self._transact(work)
+        return self.transact(work)
 
     def expire(self, mart: Mart, days: int) -> int:
         """Removes the rows before `kept_since`; how many there were."""
@@ -160,7 +164,7 @@ class MartWriter:
         query = sql.SQL("DELETE FROM {table} WHERE {time} < %s").format(
             time=sql.Identifier(mart.time), table=mart.table
         )
-        return self._transact(lambda connection: connection.execute(query, (since,)).rowcount)
+        return self.transact(lambda connection: connection.execute(query, (since,)).rowcount)
 
     def reconcile(self, parts: Sequence[Part], *, swap: bool) -> list[Difference]:
         """How each mart differs from its part's rows; with `swap` it then holds exactly them.
@@ -178,7 +182,7 @@ class MartWriter:
                 connection.execute("DROP TABLE incoming")
             return found
 
-        return self._transact(work)
+        return self.transact(work)
 
 
 def _columns(names: Iterable[str], prefix: str = "") -> sql.Composed:

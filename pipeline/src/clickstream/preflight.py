@@ -14,15 +14,17 @@ import sys
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from clickstream.detector import ALERT_PREFIX, ParameterError, Parameters, parameters
+from clickstream.detector import Parameters
+from clickstream.limits import Limits, NotifyLimits, ParameterError, QualityLimits
 from clickstream.settings import PREFIX, Settings, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+LIMITS: tuple[type[Limits], ...] = (Parameters, NotifyLimits, QualityLimits)
 KNOWN = (
     *(PREFIX + field.name.upper() for field in fields(Settings)),
-    *(ALERT_PREFIX + field.name.upper() for field in fields(Parameters)),
+    *(kind.prefix + field.name.upper() for kind in LIMITS for field in fields(kind)),
 )
 
 
@@ -36,7 +38,7 @@ def problems(values: Mapping[str, Any]) -> list[str]:
         near = difflib.get_close_matches(name.removeprefix(PREFIX), short, n=1)
         fix = f"did you mean {PREFIX}{near[0]}?" if near else f"the names are {', '.join(KNOWN)}"
         found.append(f"{name} is no setting of the package; {fix}")
-    for check in (Settings.from_env, parameters):
+    for check in (Settings.from_env, *(kind.from_env for kind in LIMITS)):
         try:
             check(env)
         except (SettingsError, ParameterError) as error:

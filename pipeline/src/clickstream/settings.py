@@ -163,6 +163,11 @@ class Settings:
                 values[field.name] = raw.strip()
         return cls(**values)  # type: ignore[arg-type]
 
+    def require_marts(self) -> None:
+        """SettingsError without the marts' connection string."""
+        if not self.marts_dsn:
+            self._fail("marts_dsn", "it is not set", "export it, for example service=analytics, or pass --marts-dsn")
+
     def table(self, name: str) -> str:
         """Where table `layer.name` lives."""
         layer, _, table = name.partition(".")
