@@ -36,7 +36,8 @@ DIFFERENCES, REFUSED, WRONG_USAGE = 3, 4, 2
 
 
 def conclude(code: int, said: str) -> None:
-    """Ends a task as an exit code asks: a dry run's differences are an answer, a refusal is not tried again.
+    """Ends a task as an exit code asks: a dry run's differences are an answer; a refusal is not tried again, nor is what
+    a second look would find the same.
 
     Raises AirflowException with what the command said of itself, else with the end of its output.
     """
@@ -44,7 +45,8 @@ def conclude(code: int, said: str) -> None:
         return
     own = re.findall(r"^clickstream(?: \w+)?: (?:error: )?(.*)$", said, re.MULTILINE)
     told = "\n".join(own) or said.strip()[-2000:] or f"the command ended with {code} and said nothing"
-    raise (AirflowFailException if code in (REFUSED, WRONG_USAGE) else AirflowException)(told)
+    settled = code in (REFUSED, WRONG_USAGE) or told.startswith("unexplained: ")
+    raise (AirflowFailException if settled else AirflowException)(told)
 
 
 class SparkJob(SparkSubmitOperator):  # type: ignore[misc]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from conftest import CASES, NOW, Silver, Topic, batches, event, full_disk
 
-from clickstream import account, bronze, lake, silver
+from clickstream import account, bronze, errors, lake, silver
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -159,7 +159,7 @@ def test_a_hole_is_named_until_it_is_closed(shop: Lake) -> None:
 def test_one_run_at_a_time(shop: Lake) -> None:
     with (
         lake.locked(shop.spark, shop.settings, account.LOCK),
-        pytest.raises(lake.JobError, match="another run holds"),
+        pytest.raises(errors.JobError, match="another run holds"),
         lake.locked(shop.spark, shop.settings, account.LOCK),
     ):
         pass
@@ -182,7 +182,7 @@ def test_the_lock_of_a_killed_run_is_taken_over_and_that_of_a_long_one_is_not(
         while file.stat().st_mtime < began + 1.5:
             assert time.monotonic() < deadline, "the lock is not renewed"
             time.sleep(0.1)
-        with pytest.raises(lake.JobError, match="wait for it"), lake.locked(shop.spark, shop.settings, account.LOCK):
+        with pytest.raises(errors.JobError, match="wait for it"), lake.locked(shop.spark, shop.settings, account.LOCK):
             pass
     assert not [found for found in file.parent.iterdir() if not found.name.endswith(".crc")]
 

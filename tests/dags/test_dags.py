@@ -96,6 +96,10 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
         end(2, "usage: clickstream\nclickstream recompute: error: --from is wrong\n"),
         "AirflowFailException: --from is wrong",
     ),
+    "what stays unexplained": (
+        end(1, '{"ledger": []}\nclickstream: unexplained: t/0 offset 7\nclickstream: unexplained: t/1 offset 9\n'),
+        "AirflowFailException: unexplained: t/0 offset 7\nunexplained: t/1 offset 9",
+    ),
     "a failure is tried again": (end(1, "clickstream: no hour is final\n"), "AirflowException: no hour is final"),
     "a failure without words": (end(137, ""), "AirflowException: the command ended with 137 and said nothing"),
 }
@@ -103,7 +107,7 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
 
 def probe(folder: Path, scratch: Path, cases: list[dict[str, Any]]) -> dict[str, Any]:
     if not PYTHON.exists():
-        pytest.fail("Airflow's environment is not there: make .cache/airflow-venv/.stamp")
+        pytest.fail("Airflow's environment is not there: make .cache/airflow-venv/.stamp makes it")
     environment = os.environ | {
         "AIRFLOW_HOME": str(scratch),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "false",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from testinfra.host import Host
 
-DAG = "lake_compaction"
+DAG = "lake_maintenance"
 # Where a task's failure is told.
 JOURNALS = ["airflow-scheduler"]
 
