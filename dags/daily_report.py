@@ -29,4 +29,4 @@ with DAG(
     params={"date": Param(None, type=["null", "string"], format="date", description="Day, UTC; without: yesterday.")},
     **shared(deadline=timedelta(minutes=15)),
 ):
-    command("report", "report", "--date={{ report_date(dag_run, params) }}", "--output={{ var.value.report_dir }}")
+    command("report", "report", "--date={{ report_date(dag_run, params) }}")

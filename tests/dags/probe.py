@@ -26,7 +26,6 @@ FOLDER = Path(sys.argv[1]).resolve()
 # Events of sys.addaudithook that are work which no import should do.
 WORK = {"socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.posix_spawn", "sqlite3.connect"}
 VARIABLES = {
-    "report_dir": "/reports",
     "gold_max_differences": "10000",
     "database_retention_days": "30",
     "log_retention_days": "14",

@@ -86,9 +86,9 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "vacuum when asked": (run("lake_maintenance", vacuum=True), "compact --vacuum"),
     "the report of yesterday": (
         run("daily_report", "scheduled", "2025-11-29T01:30:00+00:00"),
-        "report --date=2025-11-28 --output=/reports",
+        "report --date=2025-11-28",
     ),
-    "the report of a day": (run("daily_report", date="2025-10-01"), "report --date=2025-10-01 --output=/reports"),
+    "the report of a day": (run("daily_report", date="2025-10-01"), "report --date=2025-10-01"),
     "done": (end(0, ""), None),
     "a dry run found differences": (end(3, "clickstream: something"), None),
     "the gate": (end(4, "WARN x\nclickstream: 99 rows differ\n"), "AirflowFailException: 99 rows differ"),
