@@ -36,8 +36,8 @@ DIFFERENCES, REFUSED, WRONG_USAGE = 3, 4, 2
 
 
 def conclude(code: int, said: str) -> None:
-    """Ends a task as an exit code asks: a dry run's differences are an answer; what a second look would find the same, a
-    refusal or an unexplained offset, is not tried again.
+    """Ends a task as an exit code asks: a dry run's differences are an answer; what a second look would find the same,
+    a refusal or an unexplained offset, is not tried again.
 
     Raises AirflowException with what the command said of itself, else with the end of its output.
     """
