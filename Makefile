@@ -70,6 +70,17 @@ backfill: $(VENV) ## Judge records again by another version of the rules: ARGS="
 alerts: $(VENV) ## Products with high interest and low conversion, from the minutes that became final since the last run
 	@$(PLATFORM) run pipeline -- sudo -u pipeline clickstream alerts $(ARGS)
 
+.PHONY: quality
+quality: $(VENV) ## Freshness, holes, nulls, rejects and volume against their history; fails when a check does
+	@$(PLATFORM) run pipeline -- sudo -u pipeline clickstream quality $(ARGS)
+
+.PHONY: report
+report: $(VENV) ## The report of yesterday, and all that are there, into reports/: ARGS="--date 2025-11-29"
+	@$(PLATFORM) run pipeline -- sudo -u pipeline clickstream report $(ARGS) >/dev/null
+	@mkdir -p reports
+	@$(PLATFORM) run pipeline -- sudo sh -c '. /etc/clickstream/clickstream.env; tar -C "$$CLICKSTREAM_REPORT_DIR" -cf - .' | tar -C reports --no-same-permissions -xf -
+	@echo "reports/index.html lists the days"
+
 .PHONY: latency
 latency: $(VENV) ## Seconds from an event's timestamp to its count in the mart, over a minute
 	@$(PLATFORM) run pipeline -- sudo -u pipeline clickstream latency $(ARGS)

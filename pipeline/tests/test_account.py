@@ -10,10 +10,13 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 import pytest
 from conftest import CASES, NOW, Silver, Topic, batches, event, full_disk
 
-from clickstream import account, bronze, errors, lake, silver
+from clickstream import account, bronze, checks, lake, silver
+from clickstream.errors import JobError
+from clickstream.marts import MartWriter
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -116,6 +119,32 @@ def test_a_second_run_takes_up_where_the_first_ended(shop: Lake) -> None:
     assert shop.places() == {0: ["events"], 1: ["duplicate"], 2: ["duplicate"], 3: ["events"]}
 
 
+def test_the_marts_have_the_ledger_too(shop: Lake, dsn: str) -> None:
+    """And get what a run could not put there, by the next one."""
+
+    def published() -> list[tuple[Any, ...]]:
+        account.publish(shop.spark, shop.settings, marts)
+        with psycopg.connect(dsn) as connection:
+            query = "SELECT partition, start_offset, end_offset, events, duplicates FROM quality.ledger ORDER BY 1, 2"
+            return connection.execute(query).fetchall()
+
+    marts = MartWriter(dsn, application_name="unit")
+    try:
+        shop.send([event(1), event(1)])
+        shop.account()
+        assert published() == [(0, 0, 2, 1, 1)]
+        with psycopg.connect(dsn) as connection:
+            connection.execute("DELETE FROM quality.ledger")
+        shop.send([event(2)], partition=1)
+        shop.account()
+        assert published() == [(0, 0, 2, 1, 1), (1, 0, 1, 1, 0)]
+    finally:
+        marts.close()
+        with psycopg.connect(dsn) as connection:
+            connection.execute("DROP SCHEMA IF EXISTS quality CASCADE")
+    assert checks.LEDGER.columns == tuple(account.LEDGER.schema.names[:-1])
+
+
 def test_only_closed_offsets_are_judged(shop: Lake) -> None:
     """What the stream has not committed is not missing, it is not there yet."""
     shop.send([event(1), event(1), event(1)])
@@ -159,7 +188,7 @@ def test_a_hole_is_named_until_it_is_closed(shop: Lake) -> None:
 def test_one_run_at_a_time(shop: Lake) -> None:
     with (
         lake.locked(shop.spark, shop.settings, account.LOCK),
-        pytest.raises(errors.JobError, match="another run holds"),
+        pytest.raises(JobError, match="another run holds"),
         lake.locked(shop.spark, shop.settings, account.LOCK),
     ):
         pass
@@ -182,7 +211,7 @@ def test_the_lock_of_a_killed_run_is_taken_over_and_that_of_a_long_one_is_not(
         while file.stat().st_mtime < began + 1.5:
             assert time.monotonic() < deadline, "the lock is not renewed"
             time.sleep(0.1)
-        with pytest.raises(errors.JobError, match="wait for it"), lake.locked(shop.spark, shop.settings, account.LOCK):
+        with pytest.raises(JobError, match="wait for it"), lake.locked(shop.spark, shop.settings, account.LOCK):
             pass
     assert not [found for found in file.parent.iterdir() if not found.name.endswith(".crc")]
 

@@ -14,7 +14,8 @@ from test_account import Lake
 
 from clickstream import account, backfill, cli, gold, recompute, silver
 from clickstream.backfill import Line, Range
-from clickstream.lake import JobError, Table, append_once
+from clickstream.errors import JobError
+from clickstream.lake import Table, append_once
 from clickstream.settings import Settings
 
 if TYPE_CHECKING:

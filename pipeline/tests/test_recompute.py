@@ -13,10 +13,11 @@ import psycopg
 import pytest
 from conftest import Topic, event
 from delta.tables import DeltaTable
+from pyspark.errors import PySparkException
 from test_gold import Gold, at
 
 from clickstream import cli, compact, gold, recompute, sessions, silver, streams
-from clickstream.lake import JobError
+from clickstream.errors import JobError
 from clickstream.recompute import Span
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ def test_late_events_and_damage_are_found_named_and_repaired(spark: SparkSession
     shop.append(at(1, "12:00:10"), at(2, "12:40:00", event_type="purchase"), at(3, "13:55:00"), at(4, "14:15:00"))
     shop.run()
 
+    # Visits are new in any run, and nothing to stop at.
+    report = recompute.recompute(spark, shop.settings, AFTERNOON, ["gold.sessions"], dry_run=True, max_differences=0)
+    assert (report.refused, report.unexpected, report.differences) == (False, 0, 4)
     # The first run: the funnel per minute is right, the other tables were never made.
     report = run()
     assert (report.end, report.asked, report.swapped) == ("2025-11-29T14:00Z", "2025-11-29T15:00Z", True)
@@ -100,7 +104,7 @@ def test_late_events_and_damage_are_found_named_and_repaired(spark: SparkSession
 
 
 def test_a_corrupted_partition_is_refused_and_nothing_is_changed(
-    spark: SparkSession, settings: Settings, dsn: str
+    spark: SparkSession, settings: Settings, dsn: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shop = Gold(spark, settings, dsn)
     shop.append(*(at(n, f"12:{n:02d}:00") for n in range(9)), at(9, "13:30:00"))
@@ -112,10 +116,12 @@ def test_a_corrupted_partition_is_refused_and_nothing_is_changed(
             spark, shop.settings, hour, ["gold.product_funnel_1m"], dry_run=dry_run, max_differences=limit
         )
 
-    def served() -> tuple[Any, ...]:
+    def served_marts() -> list[Any]:
         with psycopg.connect(dsn) as connection:
-            mart = connection.execute("SELECT * FROM gold.product_funnel_1m ORDER BY window_start").fetchall()
-        return mart, sorted(gold.FUNNEL_1M.table.read(spark, settings).collect())
+            return connection.execute("SELECT * FROM gold.product_funnel_1m ORDER BY window_start").fetchall()
+
+    def served() -> tuple[Any, ...]:
+        return served_marts(), sorted(gold.FUNNEL_1M.table.read(spark, settings).collect())
 
     def version() -> int:
         return int(DeltaTable.forPath(spark, table).history(1).collect()[0]["version"])
@@ -137,6 +143,19 @@ def test_a_corrupted_partition_is_refused_and_nothing_is_changed(
     assert (report.refused, report.swapped) == (False, True)
     assert run(0).differences == 0
     shop.check()
+
+    # And one that cannot be read at all.
+    before = served()
+    (file,) = gold.FUNNEL_1M.table.read(spark, settings).limit(1).inputFiles()[:1]
+    data = Path(file.removeprefix("file://"))
+    data.write_bytes(data.read_bytes()[:100])
+    spark.catalog.clearCache()
+    with pytest.raises(PySparkException) as failed:
+        run(0)
+    assert served_marts() == before[0]
+    assert cli._spark_failed(failed.value) == 1
+    said = capsys.readouterr().err
+    assert "a table's file is missing or damaged, and the log names it: put it back from a copy, or RESTORE" in said
 
 
 def test_what_the_marts_keep_no_more_is_not_missed_in_them(spark: SparkSession, settings: Settings, dsn: str) -> None:

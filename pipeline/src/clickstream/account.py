@@ -20,14 +20,18 @@ import logging
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 from pyspark.sql import Window
 from pyspark.sql import functions as F  # noqa: N812
 
-from clickstream import bronze, silver
-from clickstream.lake import JobError, Table, append_once, locked
+from clickstream import bronze, checks, silver
+from clickstream.errors import JobError
+from clickstream.gold import in_utc
+from clickstream.lake import Table, append_once, locked
+from clickstream.marts import EVER, MartWriter, Part
 from clickstream.rules import check
 from clickstream.session import spark_session
 
@@ -86,7 +90,7 @@ class Report:
     unexplained: list[tuple[str, int, int]]
 
 
-def _last_batch(spark: SparkSession, settings: Settings, query: str) -> list[str]:
+def last_batch(spark: SparkSession, settings: Settings, query: str) -> list[str]:
     """What the checkpoint says of the last committed batch, by line; empty before the first.
 
     Of https://github.com/apache/spark: a batch N is committed when commits/N exists; offsets/N holds a version
@@ -112,14 +116,14 @@ def _last_batch(spark: SparkSession, settings: Settings, query: str) -> list[str
 
 def committed(spark: SparkSession, settings: Settings, query: str) -> Ends:
     """Up to which offset (exclusive) a stream that reads Kafka has committed, from its checkpoint; empty before."""
-    lines = _last_batch(spark, settings, query)
+    lines = last_batch(spark, settings, query)
     ends = json.loads(lines[-1]) if lines else {}
     return {(topic, int(p)): int(end) for topic, found in ends.items() for p, end in found.items()}
 
 
 def watermark(spark: SparkSession, settings: Settings, query: str) -> datetime | None:
     """The watermark by which a stream's last committed batch dropped late rows; None before the first batch."""
-    lines = _last_batch(spark, settings, query)
+    lines = last_batch(spark, settings, query)
     return datetime.fromtimestamp(json.loads(lines[1])["batchWatermarkMs"] / 1000, UTC) if lines else None
 
 
@@ -361,6 +365,16 @@ def account(spark: SparkSession, settings: Settings, ends: Mapping[tuple[str, in
     return Report(listed, named)
 
 
+def publish(spark: SparkSession, settings: Settings, marts: MartWriter) -> None:
+    """Makes the mart quality.ledger hold the ledger's last days, whatever an earlier run left undone."""
+    start = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    start -= timedelta(days=settings.mart_retention_days)
+    marts.ensure(checks.LEDGER)
+    kept = LEDGER.read(spark, settings).where(F.col("ledger_date") >= F.lit(start.date()))
+    rows = [in_utc(row) for row in kept.select(*checks.LEDGER.columns).collect()]
+    marts.reconcile([Part(checks.LEDGER, lambda: rows, start, EVER[1])], swap=True)
+
+
 def run(settings: Settings) -> dict[str, Any]:
     """Raises JobError when another run is there, or the streams have not committed anything to this lake."""
     spark = spark_session(settings, "clickstream-account")
@@ -369,6 +383,15 @@ def run(settings: Settings) -> dict[str, Any]:
         if not ends:
             raise JobError(f"neither Bronze nor Silver has committed a batch in {settings.lake_uri}; is it the lake?")
         with locked(spark, settings, LOCK):
-            return asdict(account(spark, settings, ends))
+            report = asdict(account(spark, settings, ends))
+            if settings.marts_dsn:
+                marts = MartWriter(settings.marts_dsn, application_name="clickstream-account")
+                try:
+                    publish(spark, settings, marts)
+                except psycopg.OperationalError as error:
+                    log.warning("the marts do not have the ledger yet, the next run has it: %s", str(error).strip())
+                finally:
+                    marts.close()
+            return report
     finally:
         spark.stop()

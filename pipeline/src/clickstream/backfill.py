@@ -22,7 +22,8 @@ from pyspark.sql import functions as F  # noqa: N812
 
 from clickstream import account, bronze, gold, silver
 from clickstream.account import POSITION
-from clickstream.lake import JobError, Table, append_once, locked
+from clickstream.errors import JobError
+from clickstream.lake import Table, append_once, locked
 from clickstream.session import spark_session
 
 if TYPE_CHECKING:

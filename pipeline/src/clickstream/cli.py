@@ -11,7 +11,8 @@ import logging
 import signal
 import sys
 from dataclasses import fields
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clickstream import __version__
@@ -27,6 +28,7 @@ log = logging.getLogger("clickstream")
 STREAMS = ("bronze", "silver", "gold", "gold_hourly")
 # What `recompute` computes.
 GOLD = ("gold.product_funnel_1m", "gold.product_funnel_1h", "gold.conversion_1h", "gold.sessions")
+QUALITY_COLUMNS = ("check_name", "subject", "status", "value", "threshold")
 # The settings that are worth a flag; every other one has its variable.
 FLAGS = ("lake_uri", "bootstrap_servers", "topic", "spark_master", "marts_dsn", "status_dir")
 
@@ -57,6 +59,13 @@ def _hour(text: str) -> datetime:
             f"{text!r} is not a whole hour of UTC; write for example {moment:%Y-%m-%dT%H:00Z}"
         )
     return moment
+
+
+def _day(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a day; write for example 2025-11-29") from None
 
 
 def _port(text: str) -> int:
@@ -115,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
         "compact",
         parents=[common],
         help="compact the lake's tables",
-        description="Joins small files of every table.",
+        description="Joins small files of every table. --vacuum refuses, before anything is done, while a stream has "
+        "yet to read what is older than a table's retention, or a backfill that can be taken back needs it.",
+        epilog="Exit codes: 0 done; 1 failed; 2 wrong usage; 4 vacuum was refused, and nothing was changed.",
     )
     job.add_argument(
         "--vacuum", action="store_true", help="also remove files past the tables' retention, and rows past the marts'"
@@ -196,6 +207,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     alerts.add_argument("--rebuild", action="store_true", help="fold the whole funnel anew, after it was corrected")
     alerts.add_argument("--json", action="store_true", help="print the result as JSON")
+    quality = commands.add_parser(
+        "quality",
+        parents=[common],
+        help="measure freshness, holes, nulls, rejects and volume",
+        description="Measures how fresh each layer is, whether Bronze's offsets have holes, whether tables have their "
+        "columns and no nulls, each rule's part of the records and the volume against their own history. "
+        "Every result is a row of quality.checks in the marts. CLICKSTREAM_QUALITY_* set the limits.",
+        epilog="Exit codes: 0 nothing fails; 1 failed; 2 wrong usage or settings; 4 a check fails, named on stderr.",
+    )
+    quality.add_argument("--json", action="store_true", help="print the results as JSON")
     notify = commands.add_parser(
         "notify",
         parents=[common],
@@ -206,6 +227,18 @@ def _parser() -> argparse.ArgumentParser:
         "CLICKSTREAM_NOTIFY_* set what counts as a drop and a stall.",
     )
     notify.add_argument("--json", action="store_true", help="print the result as JSON")
+    report = commands.add_parser(
+        "report",
+        parents=[common],
+        help="write the report of a day",
+        description="Writes DIR/YYYY-MM-DD/report.html, a page without outside parts, with the day's funnel, its top "
+        "products, products of high interest and low conversion, data quality and the ledger; beside it funnel.csv, "
+        "products.csv and quality.csv; and DIR/index.html, which lists the days. All is read from the marts; a second "
+        "run replaces the files. Needs no Spark.",
+    )
+    report.add_argument("--date", type=_day, metavar="YYYY-MM-DD", help="day of UTC (default: yesterday)")
+    report.add_argument("--output", metavar="DIR", help=f"folder of all reports (default: {PREFIX}REPORT_DIR)")
+    report.add_argument("--json", action="store_true", help="print the result as JSON")
     show = commands.add_parser(
         "show",
         parents=[common],
@@ -351,6 +384,17 @@ def _print_backfilled(report: dict[str, Any], as_json: bool, streams: int, rollb
     return 3 if report["differences"] or report["relabelled"] else 0
 
 
+def _print_quality(report: dict[str, Any], as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _print_table([{name: check[name] for name in QUALITY_COLUMNS} for check in report["checks"]])
+    failed = [check for check in report["checks"] if check["status"] == "fail"]
+    for check in failed:
+        print(f"clickstream: {check['check_name']} of {check['subject']}: {check['detail']}", file=sys.stderr)
+    return 4 if failed else 0
+
+
 def _marts_away(settings: Settings, error: Exception) -> int:
     print(
         f"clickstream: the marts cannot be used with {settings.marts_dsn!r}: {str(error).strip()}; nothing more was "
@@ -393,6 +437,13 @@ def _without_spark(args: argparse.Namespace, settings: Settings) -> int:
     import psycopg
 
     try:
+        if args.command == "report":
+            from clickstream import report
+
+            day = args.date or (datetime.now(UTC) - timedelta(days=1)).date()
+            written = report.run(settings, day, Path(args.output or settings.report_dir))
+            print(json.dumps(written)) if args.json else print(*written["files"], sep="\n")
+            return 0
         from clickstream import notify
 
         found = notify.run(settings)
@@ -435,7 +486,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = latency.measure(settings, args.seconds)
         print(json.dumps(result)) if args.json else _print_table([result])
         return 1 if result["missing"] else 0
-    if args.command == "notify":
+    if args.command == "report" and not (args.output or settings.report_dir):
+        parser.error(f"give the folder of the reports: --output DIR, or {PREFIX}REPORT_DIR")
+    if args.command in ("notify", "report"):
         return _without_spark(args, settings)
     # Spark is imported after the settings are known to be good, so that a wrong one is told at once.
     if args.command == "stream":
@@ -492,6 +545,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 _print_table(results)
             return 0
+        if args.command == "quality":
+            from clickstream import quality
+
+            return _print_quality(quality.run(settings), args.json)
     except (JobError, ParameterError, SettingsError) as error:
         print(f"clickstream: {error}", file=sys.stderr)
         if isinstance(error, RefusedError):

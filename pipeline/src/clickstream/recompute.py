@@ -25,7 +25,8 @@ from delta.tables import DeltaTable
 from pyspark.sql import functions as F  # noqa: N812
 
 from clickstream import account, gold, sessions, silver
-from clickstream.lake import JobError, Table, locked
+from clickstream.errors import JobError
+from clickstream.lake import Table, locked
 from clickstream.marts import NAMED, Difference, Mart, MartWriter, Part
 from clickstream.session import spark_session
 from clickstream.settings import seconds
@@ -56,7 +57,8 @@ class Target:
 
     `rows` is given silver.events and the span; its columns are the table's without the date. `settled`, given the
     horizon before which nothing changes any more, tells which rows are final; None is all of them. `before` and `after`
-    are how far from a span rows begin that its events can change.
+    are how far from a span rows begin that its events can change. `streamed` is whether a stream keeps the table too:
+    if not, rows that are missing are what a run is for, and nothing for a gate to stop at.
     """
 
     table: Table
@@ -65,6 +67,7 @@ class Target:
     settled: Callable[[datetime], Column] | None = None
     before: timedelta = timedelta(0)
     after: timedelta = timedelta(0)
+    streamed: bool = True
 
     def reach(self, span: Span) -> Span:
         """Where all rows begin that the span's events can change."""
@@ -108,6 +111,7 @@ TARGETS = {
             sessions.ended,
             before=sessions.LONGEST,
             after=sessions.GAP,
+            streamed=False,
         ),
     )
 }
@@ -128,6 +132,11 @@ class Line:
     @property
     def differences(self) -> int:
         return self.missing + self.surplus + self.differing
+
+    @property
+    def unexpected(self) -> int:
+        """Those that a gate counts."""
+        return self.differences - (0 if TARGETS[self.table].streamed else self.missing)
 
     @classmethod
     def of(cls, target: Target, place: str, rows: int, found: Difference) -> Line:
@@ -157,6 +166,10 @@ class Report:
     @property
     def differences(self) -> int:
         return sum(line.differences for line in self.lines)
+
+    @property
+    def unexpected(self) -> int:
+        return sum(line.unexpected for line in self.lines)
 
 
 def horizon(spark: SparkSession, settings: Settings) -> datetime:
@@ -225,7 +238,8 @@ def recompute(
 ) -> Report:
     """Computes these tables again for the final hours of a span; unless it is a dry run, repairs what differs.
 
-    With `max_differences`, more differing rows than that, of Delta and the marts together, are not repaired.
+    With `max_differences`, more differing rows than that, of Delta and the marts together, are not repaired; visits
+    that are there for the first time do not count.
     """
     targets = [TARGETS[name] for name in names]
     for table in (silver.EVENTS, *(target.table for target in targets)):
@@ -268,7 +282,7 @@ def recompute(
             return [Line.of(target, "mart", rows, one) for (target, _, rows), one in zip(shadows, found, strict=False)]
 
         in_marts = reconcile(swap=False) if dry_run or max_differences is not None else []
-        total = sum(line.differences for line in (*lines, *in_marts))
+        total = sum(line.unexpected for line in (*lines, *in_marts))
         refused = max_differences is not None and total > max_differences
         swap = not (dry_run or refused)
         if swap:
@@ -299,7 +313,7 @@ def _reader(target: Target, shadow: DataFrame, span: Span) -> Callable[[], Itera
 
 
 def as_dict(report: Report) -> dict[str, Any]:
-    return asdict(report) | {"differences": report.differences}
+    return asdict(report) | {"differences": report.differences, "unexpected": report.unexpected}
 
 
 def run(

@@ -51,6 +51,8 @@ class Settings:
     spark_master: str = "local[2]"
     marts_dsn: str = ""
     status_dir: str = ""
+    # Where `clickstream report` keeps the days' reports.
+    report_dir: str = ""
 
     trigger_bronze: str = "10 seconds"
     trigger_silver: str = "3 seconds"
