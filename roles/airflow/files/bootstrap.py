@@ -64,9 +64,8 @@ def write_pools(pools: dict[str, int]) -> bool:
         "WHERE p.slots <> excluded.slots"
     )
     with ENGINE.begin() as connection:
-        return any(
-            [connection.execute(query, {"pool": name, "slots": slots}).rowcount for name, slots in pools.items()]
-        )
+        counts = [connection.execute(query, {"pool": name, "slots": slots}).rowcount for name, slots in pools.items()]
+    return sum(counts) > 0
 
 
 ENGINE = create_engine(os.environ["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"])
