@@ -147,7 +147,7 @@ def test_a_corrupted_partition_is_refused_and_nothing_is_changed(
     # And one that cannot be read at all.
     before = served()
     (file,) = gold.FUNNEL_1M.table.read(spark, settings).limit(1).inputFiles()[:1]
-    data = Path(file.removeprefix("file://"))
+    data = Path(file.removeprefix("file:"))
     data.write_bytes(data.read_bytes()[:100])
     spark.catalog.clearCache()
     with pytest.raises(PySparkException) as failed:

@@ -107,7 +107,7 @@ class MartWriter:
         """Creates the schema and the mart where they are missing; needs no privilege where they exist."""
         self.create(mart.schema, [sql.SQL(statement).format(table=mart.table) for statement in mart.ddl])
 
-    def create(self, schema: str, statements: Sequence[sql.Composable]) -> None:
+    def create(self, schema: str, statements: Sequence[sql.SQL | sql.Composed]) -> None:
         """Creates a schema where it is missing, then runs idempotent statements."""
 
         def work(connection: psycopg.Connection[Any]) -> None:

@@ -19,7 +19,7 @@ from clickstream.limits import Limits, NotifyLimits, ParameterError, QualityLimi
 from clickstream.settings import PREFIX, Settings, SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 LIMITS: tuple[type[Limits], ...] = (Parameters, NotifyLimits, QualityLimits)
 KNOWN = (
@@ -38,7 +38,8 @@ def problems(values: Mapping[str, Any]) -> list[str]:
         near = difflib.get_close_matches(name.removeprefix(PREFIX), short, n=1)
         fix = f"did you mean {PREFIX}{near[0]}?" if near else f"the names are {', '.join(KNOWN)}"
         found.append(f"{name} is no setting of the package; {fix}")
-    for check in (Settings.from_env, *(kind.from_env for kind in LIMITS)):
+    readers: list[Callable[[Mapping[str, str]], object]] = [Settings.from_env, *(kind.from_env for kind in LIMITS)]
+    for check in readers:
         try:
             check(env)
         except (SettingsError, ParameterError) as error:

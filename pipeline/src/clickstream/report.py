@@ -16,7 +16,7 @@ from datetime import UTC, date, datetime, time, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pygal
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from psycopg.rows import dict_row
 from pygal.style import Style
 
@@ -279,7 +279,7 @@ def page(day: Day) -> str:
     return _template("report.html.j2").render(day=day, plots=plots(day), top=TOP, files=list(tables(day)))
 
 
-def _template(name: str) -> Any:
+def _template(name: str) -> Template:
     def when(moment: datetime | None) -> str:
         return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M}" if moment else "still open"
 
