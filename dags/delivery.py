@@ -9,6 +9,7 @@ webhook, Message-ID of the mail; the file is looked into before.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import html
 import json
 import logging
@@ -76,7 +77,10 @@ def to_smtp(alert: Alert, again: bool) -> None:
             to=recipients,
             subject=f"[clickstream] {alert['subject']}",
             html_content=f"<p>{html.escape(alert['message'])}</p><table>{rows}</table><p>{html.escape(alert['link'])}</p>",
-            custom_headers={"Message-ID": f"<{alert['key'].encode().hex()}@clickstream>", "X-Alert-Key": alert["key"]},
+            custom_headers={
+                "Message-ID": f"<{hashlib.sha256(alert['key'].encode()).hexdigest()}@clickstream>",
+                "X-Alert-Key": alert["key"],
+            },
         )
 
 

@@ -222,7 +222,8 @@ def tell_failure(context: Any) -> None:
     task = context["ti"]
     try:
         # Failures are one story until a run of the DAG succeeds.
-        since = str(context["prev_start_date_success"])
+        last = context["prev_start_date_success"]
+        since = last.isoformat() if last else "ever"
     except Exception:  # told by the DAG processor, after a task's process was lost
         since = str(task.run_id)
     error = str(context.get("exception") or "the task's process ended without a word; see the scheduler's journal")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import email.policy
 import json
 import socket
 import threading
@@ -166,7 +167,7 @@ class Mailbox:
         self._controller.start()
 
     async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:  # noqa: N802
-        message = email.message_from_bytes(envelope.content)
+        message = email.message_from_bytes(envelope.content, policy=email.policy.default)
         assert message["Message-ID"]
         self.keys[str(message["X-Alert-Key"])] += 1
         self.subjects.append(str(message["Subject"]))
