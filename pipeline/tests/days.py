@@ -43,7 +43,6 @@ RECORDS = 30
 # tables' logs are cut at midnight.
 FULL = 4
 LIBRARY = "libfaketimeMT.so.1"
-OFFSET = "FAKETIME_TIMESTAMP_FILE"
 
 
 def library() -> Path:
@@ -56,31 +55,43 @@ def library() -> Path:
 
 
 class Clock:
-    """The clock of this process and its JVM; the broker has the real one."""
+    """The JVM's clock, which is put forward; Python and the broker have the real one."""
 
-    def __init__(self, lake: Path) -> None:
-        self._file, self._lake, self._offset = Path(os.environ[OFFSET]), lake, 0
+    def __init__(self, scratch: Path) -> None:
+        self._file, self._lake, self._offset = scratch / "offset", scratch / "lake", 0
         self._adjusted = self._real()
+        self._file.write_text("+0")
 
-    @staticmethod
-    def _real() -> float:
-        with tempfile.NamedTemporaryFile() as file:
-            return os.stat(file.name).st_ctime
+    @property
+    def environment(self) -> dict[str, str]:
+        """What gives a JVM this clock."""
+        return {
+            "LD_PRELOAD": str(library()),
+            "FAKETIME_TIMESTAMP_FILE": str(self._file),
+            "FAKETIME_CACHE_DURATION": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            "NO_FAKE_STAT": "1",
+        }
+
+    def now(self) -> float:
+        return time.time() + self._offset
+
+    def _real(self) -> float:
+        """As the kernel stamps files."""
+        return self._file.stat().st_ctime if self._file.exists() else time.time()
 
     def forward(self, step: int) -> None:
         """Put the clock forward. Files got the real time; first those since the last call get the simulated one."""
-        now, real = time.time(), self._real()
+        now = self.now()
         for folder, _, names in os.walk(self._lake):
             for name in names:
                 path = f"{folder}/{name}"
                 if os.stat(path).st_ctime > self._adjusted:
                     os.utime(path, (now, now))
-        # What utime changed has a new ctime too.
-        self._adjusted = max(real, self._real())
         self._offset += step
         self._file.write_text(f"+{self._offset}")
-        while time.time() < now + step / 2:  # the library reads the file once a second
-            time.sleep(0.05)
+        # What utime changed has a new ctime too, before this.
+        self._adjusted = self._real()
 
     def files(self) -> Counter[str]:
         """The lake's files by kind."""
@@ -97,15 +108,14 @@ class Clock:
         return counts
 
 
-def lake_of(stack: ExitStack, scratch: Path) -> tuple[SparkSession, Settings, str]:
-    """A session with the simulated clock, and a broker with the real one; its address."""
-    preload = os.environ.pop("LD_PRELOAD")
+def lake_of(stack: ExitStack, scratch: Path, clock: Clock) -> tuple[SparkSession, Settings]:
+    """A session with the simulated clock, on a broker with the real one."""
     address = stack.enter_context(machine.kafka(scratch / "kafka", {"records": 3}))
     classes, conf = scratch / "classes", scratch / "conf"
     classes.mkdir()
     conf.mkdir()
     (conf / "spark-defaults.conf").write_text(machine.spark_defaults(machine.file_system(classes), scratch))
-    os.environ.update({"SPARK_CONF_DIR": str(conf), "LD_PRELOAD": preload})
+    os.environ.update({"SPARK_CONF_DIR": str(conf)} | clock.environment)
     settings = Settings(
         lake_uri=f"file://{scratch}/lake",
         bootstrap_servers=address,
@@ -118,26 +128,31 @@ def lake_of(stack: ExitStack, scratch: Path) -> tuple[SparkSession, Settings, st
     spark = spark_session(settings, "days", streams=True)
     stack.callback(spark.stop)
     spark.sparkContext.setLogLevel("ERROR")
-    return spark, settings, address
+    return spark, settings
 
 
 def simulate(days: int) -> Iterator[Counter[str]]:
     """The files at the end of each day."""
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="clickstream-days-")))
-        spark, settings, address = lake_of(stack, scratch)
-        clock = Clock(scratch / "lake")
+        clock = Clock(scratch)
+        spark, settings = lake_of(stack, scratch, clock)
         queries = [streams.start_query(spark, settings, name, {}) for name in streams.QUERIES]
-        records = Faults(Shop(seed=1, clock=time.time), {"duplicate": 0.03, "malformed": 0.03}, seed=1)
-        producer = Producer({"bootstrap.servers": address})
+        records = Faults(Shop(seed=1, clock=clock.now), {"duplicate": 0.03, "malformed": 0.03}, seed=1)
+        jvm = spark._jvm
+        assert jvm is not None
+        producer = Producer({"bootstrap.servers": settings.bootstrap_servers})
         for hour in range(24 * days):
             for _ in range(3600 // STEP_SECONDS):
                 for record in itertools.islice(records, RECORDS):
-                    producer.produce(settings.topic, key=record.key, value=record.value)
+                    producer.produce(settings.topic, record.value, record.key, timestamp=int(clock.now() * 1000))
                 assert producer.flush(60) == 0
                 for query in queries:
                     query.processAllAvailable()
                 clock.forward(STEP_SECONDS)
+                # The library reads the file once a second.
+                while jvm.java.lang.System.currentTimeMillis() / 1000 < clock.now() - STEP_SECONDS / 2:
+                    time.sleep(0.05)
             report = account.account(spark, settings, account.closed(spark, settings))
             assert not report.unexplained
             alerts.update(spark, settings, None, alerts.parameters())
@@ -152,18 +167,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--days", type=int, default=5, help="(default: %(default)s)")
     days = parser.parse_args().days
-    if OFFSET not in os.environ:
-        with tempfile.NamedTemporaryFile("w", suffix=".offset") as offset:
-            offset.write("+0")
-            offset.flush()
-            faked = {
-                "LD_PRELOAD": str(library()),
-                OFFSET: offset.name,
-                "FAKETIME_CACHE_DURATION": "1",
-                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-                "NO_FAKE_STAT": "1",
-            }
-            return subprocess.run([sys.executable, *sys.argv], env=os.environ | faked, check=False).returncode
     totals = []
     for day, counts in enumerate(simulate(days), 1):
         totals.append(counts.total())

@@ -55,7 +55,7 @@ ORACLES = {
                count(*), {COUNTS},
                CASE max(CASE event_type WHEN 'purchase' THEN 3 WHEN 'add_to_cart' THEN 2 ELSE 1 END)
                     WHEN 3 THEN 'purchase' WHEN 2 THEN 'cart' ELSE 'view' END,
-               epoch(max(event_time)) - epoch(start),
+               (epoch_us(max(event_time)) - epoch_us(start)) / 1000000,
                first(product_id ORDER BY event_time, event_id), last(product_id ORDER BY event_time, event_id)
         FROM event e ASOF JOIN visit v
              ON e.user_id = v.user_id AND e.session_id = v.session_id AND e.event_time >= v.start
