@@ -13,6 +13,7 @@ PLATFORM := ansible/scripts/platform --inventory $(INVENTORY)
 VENV := .venv/.stamp
 TEST_VENV := .cache/test-venv/.stamp
 SCAN_VENV := .cache/scan-venv/.stamp
+AIRFLOW_VENV := .cache/airflow-venv/.stamp
 TEST_JARS := .cache/test-jars
 KAFKA_JARS := .cache/kafka-jars
 PACKAGE_TESTS = cd pipeline && CLICKSTREAM_TEST_JARS=$(CURDIR)/$(TEST_JARS) \
@@ -141,8 +142,8 @@ lint: $(VENV) ## Python, shell, YAML, Ansible and the repository's own rules
 	pytest -q tests/repo
 
 .PHONY: unit
-unit: $(VENV) $(TEST_VENV) $(TEST_JARS).stamp ## The package, on local Spark and a private PostgreSQL; the Ansible modules
-	pytest -q tests/unit
+unit: $(VENV) $(TEST_VENV) $(TEST_JARS).stamp $(AIRFLOW_VENV) ## The package, on local Spark and a private PostgreSQL; the DAGs; the Ansible modules
+	pytest -q tests/unit tests/dags
 	$(PACKAGE_TESTS) -n 2 --durations=12 -m "not crash and not s3"
 
 .PHONY: terraform
@@ -171,9 +172,9 @@ molecule: $(VENV) ## One role in a guest of its own: ROLE=kafka; without ROLE al
 	@for role in $(or $(ROLE),common java zookeeper kafka postgres spark airflow pipeline); do molecule test -s $$role; done
 
 .PHONY: e2e
-e2e: $(VENV) ## The whole platform in its guest: events to Gold, reload, kill -9 of every service, bad input
-	@ansible/scripts/prepare-host guests
-	pytest -v --tb=short --durations=12 -m "not proof and not load" tests/e2e
+e2e: $(VENV) ## The whole platform in its guest: events to Gold, reload, kill -9 of every service, bad input, every DAG
+	@ansible/scripts/prepare-host guests browser
+	pytest -v --tb=short --durations=12 tests/e2e/test_platform.py tests/e2e/test_airflow.py
 
 .PHONY: prove
 prove: $(VENV) ## 200,000 records with every fault, through restarts, account, recompute, backfill; takes half an hour
@@ -217,6 +218,10 @@ $(TEST_VENV): ansible/requirements-test.txt
 
 $(SCAN_VENV): terraform/requirements.txt
 	@ansible/scripts/make-venv .cache/scan-venv $<
+	@touch $@
+
+$(AIRFLOW_VENV): roles/airflow/files/requirements.txt
+	@ansible/scripts/make-venv .cache/airflow-venv $<
 	@touch $@
 
 $(TEST_JARS).stamp: roles/spark/files/jars.lock

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import time
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,12 +188,32 @@ def test_a_hole_is_named_until_it_is_closed(shop: Lake) -> None:
 def test_one_run_at_a_time(shop: Lake) -> None:
     with (
         lake.locked(shop.spark, shop.settings, account.LOCK),
-        pytest.raises(JobError, match="another run began"),
+        pytest.raises(JobError, match="another run holds"),
         lake.locked(shop.spark, shop.settings, account.LOCK),
     ):
         pass
     with lake.locked(shop.spark, shop.settings, account.LOCK):
         pass
+
+
+def test_the_lock_of_a_killed_run_is_taken_over_and_that_of_a_long_one_is_not(
+    shop: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Path(shop.settings.lake_uri.removeprefix("file://")) / "_locks" / account.LOCK
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    os.utime(file, (time.time() - 61, time.time() - 61))
+    monkeypatch.setattr(lake, "LOCK_RENEWED_S", 0.1)
+    with lake.locked(shop.spark, shop.settings, account.LOCK):
+        began = file.stat().st_mtime
+        monkeypatch.setattr(lake, "LOCK_EXPIRES_S", 1.0)
+        deadline = time.monotonic() + 30
+        while file.stat().st_mtime < began + 1.5:
+            assert time.monotonic() < deadline, "the lock is not renewed"
+            time.sleep(0.1)
+        with pytest.raises(JobError, match="wait for it"), lake.locked(shop.spark, shop.settings, account.LOCK):
+            pass
+    assert not [found for found in file.parent.iterdir() if not found.name.endswith(".crc")]
 
 
 def test_an_offset_that_is_there_twice_is_unexplained(shop: Lake) -> None:

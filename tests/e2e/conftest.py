@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from platform_under_test import Platform
+from airflow_under_test import Airflow
+from platform_under_test import ADDRESS, Platform
 
 FIGURES = pytest.StashKey[list[str]]()
 
@@ -21,6 +22,8 @@ def platform(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         if not keep:
             under_test.make("destroy")
         under_test.up_output = under_test.make("up").stdout
+    # The clock starts no job here: what runs is what a test started.
+    Airflow(ADDRESS).pause()
     yield under_test
     times = [f"{name:<30}{seconds:>7.1f} s" for name, seconds in under_test.phases.items()]
     request.config.stash[FIGURES] = [*under_test.figures, "Time of the verbs:", *times]

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from airflow_under_test import Airflow
 from platform_under_test import ADDRESS, TOPIC, Platform, encoded, wait_until
 
 GIB = 2**30
@@ -167,26 +168,10 @@ def test_the_batch_layer_agrees_with_the_streams(platform: Platform) -> None:
 
 
 def test_a_dag_runs_green_on_the_cluster(platform: Platform) -> None:
-    base = f"http://{ADDRESS}:8087"
-
-    def call(path: str, body: dict[str, Any] | None = None, token: str = "") -> dict[str, Any]:
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
-        request = urllib.request.Request(base + path, json.dumps(body).encode() if body is not None else None, headers)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return dict(json.load(answer))
-
-    token = call("/auth/token", {"username": "admin", "password": "admin"})["access_token"]
+    airflow = Airflow(ADDRESS)
     began = platform.lake().version("bronze/clickstream")
-    run = call("/api/v2/dags/lake_compaction/dagRuns", {"logical_date": None}, token)
-
-    def finished() -> dict[str, Any] | None:
-        state = call(f"/api/v2/dags/lake_compaction/dagRuns/{run['dag_run_id']}", token=token)
-        return state if state["state"] in ("success", "failed") else None
-
-    state = wait_until(finished, 420, "the DAG run ends")
-    tasks = call(f"/api/v2/dags/lake_compaction/dagRuns/{run['dag_run_id']}/taskInstances", token=token)
-    journal = platform.run("sudo nodectl logs airflow-scheduler -n 80", check=False)
-    assert state["state"] == "success", f"{tasks}\n{journal}"
+    airflow.green("lake_maintenance", airflow.trigger("lake_maintenance"), timeout=420)
+    airflow.pause()
     lake = platform.lake()
     done = [entry["operation"] for entry in lake.history("bronze/clickstream", since=began)]
     assert "OPTIMIZE" in done, f"the run compacted nothing; commits since its trigger: {done}"

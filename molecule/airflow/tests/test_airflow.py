@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from testinfra.host import Host
 
-DAG = "lake_compaction"
+DAG = "lake_maintenance"
 # Where a task's failure is told.
 JOURNALS = ["airflow-scheduler"]
 
@@ -65,6 +65,13 @@ def test_nothing_is_told_without_a_login(address: str) -> None:
 def test_all_dags_were_read(airflow: Airflow) -> None:
     assert airflow.call("GET", "/api/v2/importErrors")["import_errors"] == []
     assert DAG in {dag["dag_id"] for dag in airflow.call("GET", "/api/v2/dags")["dags"]}
+
+
+def test_pools_and_variables_are_those_of_the_inventory(airflow: Airflow, host: Host) -> None:
+    assert airflow.call("GET", "/api/v2/pools/spark")["slots"] == 1
+    assert host.check_output("airflow variables get log_max_mib").splitlines()[-1] == "512"
+    assert airflow.call("GET", "/api/v2/connections")["connections"] == [], "they are in a file, not in the database"
+    assert "spark" in host.check_output("airflow connections get spark_default --output plain")
 
 
 def test_a_triggered_dag_goes_green_on_the_spark_cluster(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import threading
 import time
+import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from delta.exceptions import (
     ConcurrentAppendException,
@@ -120,28 +122,77 @@ def retry_conflicts(action: Callable[[], T], attempts: int = 6) -> T:
     raise AssertionError("unreachable")
 
 
-@contextlib.contextmanager
-def locked(spark: SparkSession, settings: Settings, name: str) -> Iterator[None]:
-    """Holds a lock of the lake; JobError when another run holds it."""
-    jvm = spark._jvm
-    assert jvm is not None
-    path = jvm.org.apache.hadoop.fs.Path(f"{settings.lake_uri}/_locks/{name}")
-    fs = path.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
+# A run that holds a lock writes it anew this often; one that was killed has lost it after the other time.
+LOCK_RENEWED_S = 10.0
+LOCK_EXPIRES_S = 60.0
+
+
+def _created(fs: Any, path: Any) -> bool:
+    """Makes a file that is not there yet; whether it did."""
     # The file system decides in one step; S3's does so when it is asked to, others know no such option.
     builder = fs.createFile(path).recursive().overwrite(False).opt("fs.option.create.conditional.overwrite", "true")
     try:
         builder.build().close()
-    except Py4JJavaError as error:
+    except Py4JJavaError:
         if not fs.exists(path):
             raise
-        since = fs.getFileStatus(path).getModificationTime() / 1000
-        raise JobError(
-            f"another run began {time.time() - since:.0f} s ago and holds {path.toString()}; wait for it, "
-            "or remove that file if no run is there any more"
-        ) from error
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def locked(spark: SparkSession, settings: Settings, name: str) -> Iterator[None]:
+    """Holds a lock of the lake; JobError when another run holds it, which it shows by writing it again and again."""
+    jvm = spark._jvm
+    assert jvm is not None
+    path = jvm.org.apache.hadoop.fs.Path(f"{settings.lake_uri}/_locks/{name}")
+    fs = path.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
+
+    def write() -> None:
+        stream = fs.create(path, True)
+        stream.write(f"{time.time():.3f} {spark.sparkContext.applicationId}".encode())
+        stream.close()
+
+    def age(of: Any) -> float:
+        # By what is in it: S3 renames by copying, which is a new time of the file.
+        stream = fs.open(of)
+        text = bytes(stream.readAllBytes()).decode()
+        stream.close()
+        written = float(text.split()[0]) if text else fs.getFileStatus(of).getModificationTime() / 1000
+        return time.time() - float(written)
+
+    held = _created(fs, path)
+    if not held and age(path) > LOCK_EXPIRES_S:
+        # Of two runs that see it expired one renames it, and looks at what it got: it may be the other's new one.
+        expired = jvm.org.apache.hadoop.fs.Path(f"{path.toString()}.{uuid.uuid4().hex}")
+        if fs.rename(path, expired):
+            if age(expired) > LOCK_EXPIRES_S:
+                log.warning("took over %s, whose run ended without giving it back", path.toString())
+                held = _created(fs, path)
+                fs.delete(expired, False)
+            else:
+                fs.rename(expired, path)
+    if not held:
+        raise JobError(f"another run holds {path.toString()} and wrote it {age(path):.0f} s ago; wait for it")
+
+    done = threading.Event()
+
+    def renew() -> None:
+        while not done.wait(LOCK_RENEWED_S):
+            try:
+                write()
+            except Exception as error:  # the next one may do better, and without any the lock is lost in time
+                log.warning("%s could not be renewed: %s", path.toString(), error)
+
+    renewing = threading.Thread(target=renew, name=f"lock-{name}", daemon=True)
     try:
+        write()
+        renewing.start()
         yield
     finally:
+        done.set()
+        if renewing.is_alive():
+            renewing.join()
         fs.delete(path, False)
 
 

@@ -1,7 +1,7 @@
-"""Bring Airflow's metadata database to the installed version, with the administrator of admin.json.
+"""Bring Airflow's metadata database to the installed version, with the administrator and the pools of the JSON files.
 
 Prints what it changed and, last, 'changed' or 'unchanged'. The cheap questions come first: a database that is
-ready costs two queries and no import of Airflow itself. Runs as the airflow account with the daemons' environment.
+ready costs three queries and no import of Airflow itself. Runs as the airflow account with the daemons' environment.
 """
 
 from __future__ import annotations
@@ -56,6 +56,18 @@ def write_admin(admin: dict[str, str]) -> None:
             sys.exit(f"the administrator {admin['username']} could not be written; see the lines above")
 
 
+def write_pools(pools: dict[str, int]) -> bool:
+    """Make the pools have these slots; whether that changed anything. Other pools are somebody else's."""
+    query = text(
+        "INSERT INTO slot_pool AS p (pool, slots, description, include_deferred) "
+        "VALUES (:pool, :slots, 'of the inventory', false) ON CONFLICT (pool) DO UPDATE SET slots = excluded.slots "
+        "WHERE p.slots <> excluded.slots"
+    )
+    with ENGINE.begin() as connection:
+        counts = [connection.execute(query, {"pool": name, "slots": slots}).rowcount for name, slots in pools.items()]
+    return sum(counts) > 0
+
+
 ENGINE = create_engine(os.environ["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"])
 changed = False
 found = schema_version()
@@ -72,4 +84,7 @@ if not admin_is_right(admin):
     write_admin(admin)
     changed = True
     print(f"administrator: {admin['username']} written")
+if write_pools(json.loads((HERE / "pools.json").read_text())):
+    changed = True
+    print("pools: written")
 print("changed" if changed else "unchanged")
