@@ -61,7 +61,8 @@ class SparkJob(SparkSubmitOperator):  # type: ignore[misc]
                 f"there is no connection {self._conn_id}: the role writes it from airflow_spark_master_host; "
                 "deploy again (make up, make deploy)"
             ) from None
-        self.application_args = [argument for argument in self.application_args if argument]
+        arguments: list[str] = self.application_args  # type: ignore[has-type]
+        self.application_args = [argument for argument in arguments if argument]
         try:
             super().execute(context)
         except AirflowException as error:
@@ -105,7 +106,7 @@ class Command(BaseOperator):  # type: ignore[misc]
         process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.process = process
         assert process.stdout is not None
-        lines = []
+        lines: list[str] = []
         for line in process.stdout:
             log.info(line.rstrip())
             lines = [*lines[-99:], line]

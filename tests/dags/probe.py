@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,7 +114,7 @@ def answer(case: dict[str, Any]) -> Any:
     """The rendered arguments of each task, or what was raised."""
     try:
         if "code" in case:
-            import orchestration  # type: ignore[import-not-found]
+            import orchestration
 
             orchestration.conclude(case["code"], case["said"])
             return None
@@ -140,8 +141,8 @@ def main() -> None:
     sys.path.append(str(FOLDER))
     cases = json.load(sys.stdin)
     told = {
-        "files": {file.name: in_a_child(lambda file=file: load(file)) for file in files},
-        "cases": [in_a_child(lambda case=case: answer(case)) for case in cases],
+        "files": {file.name: in_a_child(partial(load, file)) for file in files},
+        "cases": [in_a_child(partial(answer, case)) for case in cases],
     }
     print("\n" + json.dumps(told))
 

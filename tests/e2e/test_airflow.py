@@ -94,7 +94,7 @@ def ledger_row(platform: Platform, start: int, end: int, unexplained: int) -> No
     """Write a row into the ledger that says this of partition 0."""
     began = time.time()
     table = DeltaTable(str(table_out(platform, "silver/ledger")))
-    row = duckdb.sql(
+    row: Any = duckdb.sql(
         f"SELECT now() AS accounted_at, '{TOPIC}' AS topic, 0::INT AS partition, {start}::BIGINT AS start_offset, "
         f"{end}::BIGINT AS end_offset, 0::BIGINT AS bronze, 0::BIGINT AS events, 0::BIGINT AS invalid, "
         f"0::BIGINT AS duplicates, 0::BIGINT AS conflicting, {unexplained}::BIGINT AS unexplained, "

@@ -65,7 +65,7 @@ def write_pools(pools: dict[str, int]) -> bool:
     )
     with ENGINE.begin() as connection:
         counts = [connection.execute(query, {"pool": name, "slots": slots}).rowcount for name, slots in pools.items()]
-    return sum(counts) > 0
+    return any(count > 0 for count in counts)
 
 
 ENGINE = create_engine(os.environ["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"])
