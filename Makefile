@@ -148,6 +148,12 @@ bench: $(VENV) $(TEST_VENV) $(TEST_JARS).stamp $(KAFKA_JARS).stamp ## Rates and 
 	cd pipeline && CLICKSTREAM_TEST_JARS=$(CURDIR)/$(TEST_JARS) CLICKSTREAM_TEST_KAFKA_JARS=$(CURDIR)/$(KAFKA_JARS) \
 	  PYTHONPATH=src ../.cache/test-venv/bin/python tests/bench.py $(ARGS)
 
+.PHONY: days
+days: $(VENV) $(TEST_VENV) $(TEST_JARS).stamp $(KAFKA_JARS).stamp ## How many files the lake keeps, over simulated days: ARGS="--days 6"
+	@dpkg -s libfaketime >/dev/null 2>&1 || $(if $(filter 0,$(shell id -u)),,sudo) apt-get -qq install -y faketime
+	cd pipeline && CLICKSTREAM_TEST_JARS=$(CURDIR)/$(TEST_JARS) CLICKSTREAM_TEST_KAFKA_JARS=$(CURDIR)/$(KAFKA_JARS) \
+	  PYTHONPATH=src ../.cache/test-venv/bin/python tests/days.py $(ARGS)
+
 .PHONY: molecule
 molecule: $(VENV) ## One role in a guest of its own: ROLE=kafka; without ROLE all of them
 	@ansible/scripts/prepare-host guests
@@ -156,7 +162,17 @@ molecule: $(VENV) ## One role in a guest of its own: ROLE=kafka; without ROLE al
 .PHONY: e2e
 e2e: $(VENV) ## The whole platform in its guest: events to Gold, reload, kill -9 of every service, bad input
 	@ansible/scripts/prepare-host guests
-	pytest -v --tb=short --durations=12 tests/e2e
+	pytest -v --tb=short --durations=12 -m "not proof and not load" tests/e2e
+
+.PHONY: prove
+prove: $(VENV) ## 200,000 records with every fault, through restarts, account, recompute, backfill; takes half an hour
+	@ansible/scripts/prepare-host guests
+	pytest -v --tb=short -m proof tests/e2e
+
+.PHONY: load
+load: $(VENV) ## On a guest: latency at 5 to 20,000 events a second, a backlog of 2,000,000, files; takes half an hour
+	@ansible/scripts/prepare-host guests
+	pytest -v --tb=short -m load tests/e2e
 
 ##@ Maintain
 .PHONY: deploy

@@ -30,9 +30,9 @@ import duckdb
 import machine
 import orjson
 from kafka import KafkaProducer
+from oracle import ORACLES
 from pyspark.sql.types import TimestampType
 from test_crash import files_of
-from test_oracle import ORACLES
 
 from clickstream import bronze, clients, gold, recompute, silver
 from clickstream.clients import ClientError
@@ -336,7 +336,7 @@ def batch_layer(spark: SparkSession, settings: Settings, scratch: Path, rows: in
         database = duck()
         began = time.monotonic()
         for number, windowed in enumerate(gold.WINDOWED):
-            database.execute(f"CREATE TABLE figures_{number} AS {ORACLES[windowed.figures]}")
+            database.execute(f"CREATE TABLE figures_{number} AS {ORACLES[windowed.table.name]}")
         return time.monotonic() - began
 
     found = race(
@@ -355,7 +355,7 @@ def batch_layer(spark: SparkSession, settings: Settings, scratch: Path, rows: in
         names = ", ".join(field.name for field in fields)
         sums = [
             database.execute(f"SELECT count(*), bit_xor(hash(t)) FROM ({query}) AS t({names})").fetchall()
-            for query in (ORACLES[windowed.figures], ours)
+            for query in (ORACLES[windowed.table.name], ours)
         ]
         assert sums[0] == sums[1], f"{windowed.table.name}: DuckDB has rows and checksum {sums[0]}, Gold {sums[1]}"
         print(f"  {windowed.table.name}: rows and checksum, the same as DuckDB's: {sums[0][0]}", flush=True)

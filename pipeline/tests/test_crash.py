@@ -36,8 +36,8 @@ import duckdb
 import machine
 import psycopg
 import pytest
+from oracle import COLUMNS, ORACLES
 from pyspark.sql.types import TimestampType
-from test_oracle import COLUMNS, ORACLES
 
 from clickstream import account, bronze, clients, gold, silver
 from clickstream.clients import ClientError
@@ -328,7 +328,7 @@ class Lake:
             self._database.execute(
                 f"CREATE TABLE event AS SELECT {columns} FROM (SELECT unnest(?::VARCHAR[])::JSON AS value)", [lines]
             )
-        return self._database.execute(ORACLES[windowed.figures]).fetchall()
+        return self._database.execute(ORACLES[windowed.table.name]).fetchall()
 
 
 def expected(sent: dict[Position, Sent]) -> tuple[dict[Position, str], set[Position]]:

@@ -8,8 +8,10 @@ import shlex
 import shutil
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +19,7 @@ import duckdb
 import psycopg
 from deltalake import DeltaTable, QueryBuilder
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from oracle import COLUMNS, ORACLES
 
 ROOT = Path(__file__).resolve().parents[2]
 INVENTORY = Path(__file__).parent / "inventory"
@@ -52,6 +55,28 @@ def wait_until(condition: Callable[[], T | None], timeout: float, what: str) -> 
         time.sleep(0.5)
 
 
+def event(**changes: Any) -> dict[str, Any]:
+    """A valid event, with changes; a change to None removes the field."""
+    valid = {
+        "event_id": f"evt_{time.time_ns():020d}",
+        "user_id": "user_0042",
+        "product_id": "prod_0042",
+        "event_type": "view",
+        "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "session_id": "session_5678",
+        "product_category": "Electronics",
+        "device_type": "mobile",
+        "page_url": "/product/prod_0042",
+        "price": 299.99,
+    }
+    return {name: value for name, value in (valid | changes).items() if value is not None}
+
+
+def encoded(**changes: Any) -> bytes:
+    """A valid event, with changes, as the producer would send it."""
+    return json.dumps(event(**changes)).encode()
+
+
 @dataclass
 class Lake:
     """A copy of the lake's tables at a moment without writers, opened with delta-rs."""
@@ -65,6 +90,22 @@ class Lake:
             table = DeltaTable(str(self.path / path))
             database.register(name, QueryBuilder().register("t", table).execute("SELECT * FROM t").read_all())
         return database.execute(sql).fetchall()
+
+    def recount(self, *names: str) -> dict[str, set[tuple[Any, ...]]]:
+        """The rows of these Gold tables, counted by DuckDB from Bronze's bytes of the records that Silver has as
+        events."""
+        database = duckdb.connect()
+        for name, path in (("bronze", "bronze/clickstream"), ("kept", "silver/events")):
+            table = DeltaTable(str(self.path / path))
+            columns = 'partition, "offset"' + (", value" if name == "bronze" else "")
+            database.register(name, QueryBuilder().register("t", table).execute(f"SELECT {columns} FROM t").read_all())
+        text = {name: f"value ->> '{name}'" for name in COLUMNS} | {"event_time": "value ->> 'timestamp'"}
+        columns = ", ".join(f"({text[name]})::{kind} AS {name}" for name, kind in COLUMNS.items())
+        database.execute(
+            f"""CREATE TABLE event AS SELECT {columns} FROM (
+                    SELECT decode(value)::JSON AS value FROM bronze SEMI JOIN kept USING (partition, "offset"))"""
+        )
+        return {name: set(database.execute(ORACLES[name]).fetchall()) for name in names}
 
     def version(self, path: str) -> int:
         """The present version of a table."""
@@ -146,7 +187,7 @@ class Platform:
 
     def status(self) -> dict[str, Any]:
         """`nodectl status` of the guest."""
-        return dict(json.loads(self.run("sudo nodectl status --json", check=False)))
+        return dict(json.loads(self.run("sudo nodectl status --json --sample 0.2", check=False)))
 
     def services(self) -> list[dict[str, Any]]:
         """The registered services."""
@@ -229,7 +270,18 @@ class Platform:
         with psycopg.connect(host=ADDRESS, dbname="analytics", user="analytics", password=password) as connection:
             return connection.execute(query).fetchall()
 
-    def quiesce(self) -> dict[int, int]:
+    def served(self, name: str) -> set[tuple[Any, ...]]:
+        """The rows of a mart as `Lake.recount` has them: figures only, times in UTC without a zone."""
+        listed = self.mart(
+            f"SELECT column_name FROM information_schema.columns WHERE table_schema || '.' || table_name = '{name}' "
+            "AND column_name NOT IN ('is_final', 'updated_at') ORDER BY ordinal_position"
+        )
+        rows = self.mart(f"SELECT {', '.join(column for (column,) in listed)} FROM {name}")
+        return {
+            tuple(v.astimezone(UTC).replace(tzinfo=None) if isinstance(v, datetime) else v for v in row) for row in rows
+        }
+
+    def quiesce(self, patience: float = 180) -> dict[int, int]:
         """Stop the shop and wait until all that was sent has reached Gold; the topic's ends."""
         self.run("sudo systemctl stop ecom-producer")
         ends = self.end_offsets()
@@ -248,10 +300,10 @@ class Platform:
             assert (counted or 0) >= events, f"the mart counts {counted} of {events} events"
             return True
 
-        wait_until(drained, 180, "everything sent has reached Gold")
+        wait_until(drained, patience, "everything sent has reached Gold")
         return ends
 
-    def wait_for_streams(self) -> None:
+    def wait_for_streams(self, patience: float = 120) -> None:
         """Wait until Bronze and Silver have committed all that is in the topic, by the positions they publish."""
 
         def committed() -> bool:
@@ -263,11 +315,62 @@ class Platform:
                 assert found == ends, f"{group} is at {found} of {ends}"
             return True
 
-        wait_until(committed, 120, "Bronze and Silver committed everything sent")
+        wait_until(committed, patience, "Bronze and Silver committed everything sent")
 
     def account(self) -> dict[str, Any]:
         """`clickstream account` in the guest."""
-        return dict(json.loads(self.run("sudo -u pipeline clickstream account --json")))
+        report = dict(json.loads(self.run("sudo -u pipeline clickstream account --json", timeout=900)))
+        assert report["unexplained"] == []
+        for row in report["ledger"]:
+            kinds = ("events", "invalid", "duplicates", "conflicting")
+            assert row["end_offset"] - row["start_offset"] == row["bronze"] == sum(row[kind] for kind in kinds), row
+        return report
+
+    def assert_told_apart(self, truth: list[dict[str, Any]], since: dict[int, int]) -> dict[str, str]:
+        """What became of each record that the producer's truth names, and of all others from these offsets on.
+
+        Returns, by what Silver had to make of them, how many of the records were found so (recall), and how many of
+        those found so had to be (precision).
+        """
+        lake = self.lake()
+        became = dict.fromkeys(lake.offsets("silver/events"), ("event", ""))
+        for partition, offset, disposition, codes in lake.query(
+            'SELECT partition, "offset", disposition, codes FROM t', t="silver/rejects"
+        ):
+            became[partition, offset] = (disposition, codes)
+        repeated = {entry["event_id"] for entry in truth if entry["kind"] in ("duplicate", "conflicting")}
+        pairs: dict[str, list[tuple[str, str]]] = {}
+        answers: list[tuple[str, str]] = []
+        for entry in truth:
+            offset = (entry["partition"], entry["offset"])
+            found, codes = became[offset]
+            expect = {"late": "event"}.get(entry["expect"], entry["expect"])
+            if found != "event":
+                self.known_bad[offset] = entry["kind"]
+            if entry["event_id"] in repeated and expect != "invalid":
+                # Silver keeps one of the two; which one is its own business.
+                pairs.setdefault(entry["event_id"], []).append((expect, found))
+                continue
+            answers.append((expect, found))
+            assert entry["code"] is None or entry["code"] in codes, (entry, codes)
+        for both in pairs.values():
+            answers += zip(sorted(expect for expect, _ in both), sorted(found for _, found in both), strict=True)
+        answers += [
+            ("event", found)
+            for offset, (found, _) in became.items()
+            if offset[1] >= since[offset[0]] and found != "event" and offset not in self.known_bad
+        ]
+        right, wanted, given = (
+            Counter(expect for expect, found in answers if expect == found),
+            Counter(expect for expect, _ in answers),
+            Counter(found for _, found in answers),
+        )
+        figures = {
+            kind: f"recall {right[kind]}/{wanted[kind]}, precision {right[kind]}/{given[kind]}"
+            for kind in sorted(wanted)
+        }
+        assert right == wanted == given, figures
+        return figures
 
     def resume(self) -> None:
         """Start the shop again."""

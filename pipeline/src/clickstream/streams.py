@@ -59,9 +59,10 @@ def _guarded(name: str, write: Callable[[DataFrame, int], None]) -> Callable[[Da
     return guarded
 
 
-def _start(
+def start_query(
     spark: SparkSession, settings: Settings, name: str, extra: dict[str, Callable[[], Mapping[str, Any]]]
 ) -> StreamingQuery:
+    """A query by its name, with its tables made; `extra` gets what it can say of itself beside Spark's progress."""
     # The query's thread inherits the pool, so that no query waits for another's whole batch.
     spark.sparkContext.setLocalProperty("spark.scheduler.pool", name)
     try:
@@ -126,7 +127,7 @@ def run(settings: Settings, names: Sequence[str], metrics_port: int = 0) -> int:
         for name in some:
             if stop.is_set():
                 return
-            queries.append(_start(spark, settings, name, extra))
+            queries.append(start_query(spark, settings, name, extra))
             log.info("query %s started", name)
 
     later = [name for name in names if name in LATER]

@@ -1,0 +1,184 @@
+"""How many files the lake keeps: simulated days at 5 events a second, with the maintenance that Airflow schedules.
+
+    make days ARGS="--days 5"
+
+The real streams and jobs on local Spark and a real broker, by a clock that is put forward (libfaketime): ten minutes
+after each batch, so that a day has 144 batches of Silver instead of 28,800, and 24 compactions and accountings and a
+VACUUM as it should. What is printed are the files at the end of each day, by kind. They are bounded when the days are
+the same from the third on: what a day leaves is gone when retention and the next VACUUM have passed. The batches that a
+real day has more make more of the same, in proportion; the last line says what that comes to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import machine
+from confluent_kafka import Producer
+
+from clickstream import account, alerts, compact, streams
+from clickstream.faults import Faults
+from clickstream.session import spark_session
+from clickstream.settings import Settings
+from clickstream.shop import Shop
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pyspark.sql import SparkSession
+
+STEP_SECONDS = 600
+RECORDS = 30
+# The first day on which what is removed is what a day leaves: two days of retention and a VACUUM each night, and the
+# tables' logs are cut at midnight.
+FULL = 4
+LIBRARY = "libfaketimeMT.so.1"
+
+
+def library() -> Path:
+    """Debian's libfaketime."""
+    listed = subprocess.run(["dpkg", "-L", "libfaketime"], capture_output=True, text=True, check=False).stdout
+    found = [Path(line) for line in listed.splitlines() if line.endswith(LIBRARY)]
+    if not found:
+        sys.exit("days: libfaketime is not installed: run 'make days', or 'apt-get install faketime'")
+    return found[0]
+
+
+class Clock:
+    """The JVM's clock, which is put forward; Python and the broker have the real one."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._file, self._lake, self._offset = scratch / "offset", scratch / "lake", 0
+        self._adjusted = self._real()
+        self._file.write_text("+0")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What gives a JVM this clock."""
+        return {
+            "LD_PRELOAD": str(library()),
+            "FAKETIME_TIMESTAMP_FILE": str(self._file),
+            "FAKETIME_CACHE_DURATION": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            "NO_FAKE_STAT": "1",
+        }
+
+    def now(self) -> float:
+        return time.time() + self._offset
+
+    def _real(self) -> float:
+        """As the kernel stamps files."""
+        return self._file.stat().st_ctime if self._file.exists() else time.time()
+
+    def forward(self, step: int) -> None:
+        """Put the clock forward. Files got the real time; first those since the last call get the simulated one."""
+        now = self.now()
+        for folder, _, names in os.walk(self._lake):
+            for name in names:
+                path = f"{folder}/{name}"
+                if os.stat(path).st_ctime > self._adjusted:
+                    os.utime(path, (now, now))
+        self._offset += step
+        self._file.write_text(f"+{self._offset}")
+        # What utime changed has a new ctime too, before this.
+        self._adjusted = self._real()
+
+    def files(self) -> Counter[str]:
+        """The lake's files by kind."""
+        counts: Counter[str] = Counter()
+        for folder, _, names in os.walk(self._lake):
+            inner = Path(folder).relative_to(self._lake).parts
+            if "_delta_log" in inner:
+                kind = "log"
+            elif "_checkpoints" in inner:
+                kind = "checkpoints"
+            else:
+                kind = "data"
+            counts[kind] += len(names)
+        return counts
+
+
+def lake_of(stack: ExitStack, scratch: Path, clock: Clock) -> tuple[SparkSession, Settings]:
+    """A session with the simulated clock, on a broker with the real one."""
+    address = stack.enter_context(machine.kafka(scratch / "kafka", {"records": 3}))
+    classes, conf = scratch / "classes", scratch / "conf"
+    classes.mkdir()
+    conf.mkdir()
+    (conf / "spark-defaults.conf").write_text(machine.spark_defaults(machine.file_system(classes), scratch))
+    os.environ.update({"SPARK_CONF_DIR": str(conf)} | clock.environment)
+    settings = Settings(
+        lake_uri=f"file://{scratch}/lake",
+        bootstrap_servers=address,
+        topic="records",
+        watermark="2 minutes",
+        max_clock_skew="1 minute",
+        **dict.fromkeys(("trigger_bronze", "trigger_silver", "trigger_gold", "trigger_gold_hourly"), "0 seconds"),
+        driver_memory="2g",
+    )
+    spark = spark_session(settings, "days", streams=True)
+    stack.callback(spark.stop)
+    spark.sparkContext.setLogLevel("ERROR")
+    return spark, settings
+
+
+def simulate(days: int) -> Iterator[Counter[str]]:
+    """The files at the end of each day."""
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="clickstream-days-")))
+        clock = Clock(scratch)
+        spark, settings = lake_of(stack, scratch, clock)
+        queries = [streams.start_query(spark, settings, name, {}) for name in streams.QUERIES]
+        records = Faults(Shop(seed=1, clock=clock.now), {"duplicate": 0.03, "malformed": 0.03}, seed=1)
+        jvm = spark._jvm
+        assert jvm is not None
+        producer = Producer({"bootstrap.servers": settings.bootstrap_servers})
+        for hour in range(24 * days):
+            for _ in range(3600 // STEP_SECONDS):
+                for record in itertools.islice(records, RECORDS):
+                    producer.produce(settings.topic, record.value, record.key, timestamp=int(clock.now() * 1000))
+                assert producer.flush(60) == 0
+                for query in queries:
+                    query.processAllAvailable()
+                clock.forward(STEP_SECONDS)
+                # The library reads the file once a second.
+                while jvm.java.lang.System.currentTimeMillis() / 1000 < clock.now() - STEP_SECONDS / 2:
+                    time.sleep(0.05)
+            report = account.account(spark, settings, account.closed(spark, settings))
+            assert not report.unexplained
+            alerts.update(spark, settings, None, alerts.parameters())
+            compact.compact(spark, settings, vacuum=hour % 24 == 3)
+            if hour % 24 == 23:
+                yield clock.files()
+        for query in queries:
+            query.stop()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--days", type=int, default=5, help="(default: %(default)s)")
+    days = parser.parse_args().days
+    totals = []
+    for day, counts in enumerate(simulate(days), 1):
+        totals.append(counts.total())
+        print(
+            f"day {day}: {totals[-1]:>6} files: " + ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())),
+            flush=True,
+        )
+    if len(totals) > FULL and totals[-1] > totals[FULL - 1] * 1.05:
+        print(f"MISSED: the lake has more files on day {days} than on day {FULL}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
