@@ -109,6 +109,7 @@ class Life:
             "CLICKSTREAM_TERRAFORM": str(environments.parent),
             "CLICKSTREAM_INVENTORIES": str(inventories),
         }
+        self.env |= {"TF_CLI_ARGS_apply": "-no-color", "TF_CLI_ARGS_destroy": "-no-color"}
         # Both at once: making an environment is mostly waiting.
         self._up = subprocess.Popen(
             self.command("up", "--yes", "--machines-only"),
@@ -200,7 +201,8 @@ def test_the_inventory_keeps_the_schema(lives: dict[str, Life], name: str) -> No
 @pytest.mark.parametrize("name", ["dev", "prod"])
 def test_preflight_takes_the_inventory(lives: dict[str, Life], name: str, tmp_path: Path) -> None:
     """The real playbook: syntax, then everything that is checked before a connection; then nobody answers."""
-    playbook = [ROOT / ".venv/bin/ansible-playbook", "-i", lives[name].inventory, "ansible/playbooks/site.yml"]
+    program, inventory = ROOT / ".venv/bin/ansible-playbook", lives[name].inventory
+    playbook = [str(program), "-i", str(inventory), "ansible/playbooks/site.yml"]
     env = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")} | {
         "ANSIBLE_CONFIG": str(ROOT / "ansible/ansible.cfg"),
         "ANSIBLE_HOME": str(tmp_path),
