@@ -148,7 +148,7 @@ unit: $(VENV) $(TEST_VENV) $(TEST_JARS).stamp $(AIRFLOW_VENV) ## The package, on
 
 .PHONY: terraform
 terraform: $(VENV) $(TEST_VENV) $(SCAN_VENV) $(TEST_JARS).stamp ## Terraform's modules, an environment's life on a stand-in for AWS, a policy scan, the lake on S3
-	.cache/test-venv/bin/python -m pytest -q --durations=8 tests/terraform $(ARGS)
+	.cache/test-venv/bin/python -m pytest -q -n 2 --dist loadfile --durations=8 tests/terraform $(ARGS)
 	$(PACKAGE_TESTS) -m s3 --durations=5
 
 .PHONY: crash
