@@ -374,9 +374,9 @@ def test_a_person_starts_a_dag_on_the_page(run: Airflow, browser: webdriver.Chro
     for name in DAGS:
         wait.until(found.visibility_of_element_located((By.LINK_TEXT, name)))
     browser.find_element(By.LINK_TEXT, dag).click()
-    wait.until(found.element_to_be_clickable((By.XPATH, "//button[contains(., 'Trigger')]"))).click()
-    inside = "//*[@role='dialog']//button[contains(., 'Trigger')]"
-    wait.until(found.element_to_be_clickable((By.XPATH, inside))).click()
+    wait.until(found.url_contains(f"/dags/{dag}"))
+    for button in ("trigger-dag-button", "trigger-dag-submit"):
+        wait.until(found.element_to_be_clickable((By.CSS_SELECTOR, f"[data-testid={button}]"))).click()
     new = wait_until(
         lambda: next((r["dag_run_id"] for r in run.runs(dag) if r["dag_run_id"] not in known), None), 60, "a run starts"
     )
