@@ -60,6 +60,17 @@ class Airflow:
         """All DAGs. One that is paused starts nothing and goes on with nothing."""
         self.call("PATCH", "/api/v2/dags?dag_id_pattern=%25&update_mask=is_paused", {"is_paused": paused})
 
+    def idle(self, timeout: float = 600) -> None:
+        """Wait until no task is at work."""
+
+        def none_running() -> bool:
+            found = self.call("GET", "/api/v2/dags/~/dagRuns/~/taskInstances?state=running&state=queued")
+            names = [f"{task['dag_id']}.{task['task_id']}" for task in found["task_instances"]]
+            assert not names, f"at work: {names}"
+            return True
+
+        wait_until(none_running, timeout, "no task is at work")
+
     def trigger(self, dag: str, **conf: Any) -> str:
         """Start a run as a person would; its id. The DAG is not paused any more."""
         self.call("PATCH", f"/api/v2/dags/{dag}?update_mask=is_paused", {"is_paused": False})
@@ -77,7 +88,7 @@ class Airflow:
         found = self.call("GET", f"{self._path(dag, run)}/taskInstances")["task_instances"]
         return {task["task_id"]: task for task in found}
 
-    def reached(self, dag: str, run: str, task: str, state: str, timeout: float = 180) -> None:
+    def reached(self, dag: str, run: str, task: str, state: str, timeout: float = 300) -> None:
         """Wait until a task has a state."""
 
         def there() -> bool:
@@ -87,7 +98,7 @@ class Airflow:
 
         wait_until(there, timeout, f"{dag}.{task} is {state}")
 
-    def end(self, dag: str, run: str, timeout: float = 300) -> dict[str, Any]:
+    def end(self, dag: str, run: str, timeout: float = 600) -> dict[str, Any]:
         """Wait for the end of a run; what Airflow says of it."""
 
         def ended() -> dict[str, Any]:
@@ -109,7 +120,7 @@ class Airflow:
         lines = self.call("GET", path)["content"]
         return "\n".join(str(line.get("event", line)) if isinstance(line, dict) else str(line) for line in lines)
 
-    def green(self, dag: str, run: str, timeout: float = 300) -> dict[str, Any]:
+    def green(self, dag: str, run: str, timeout: float = 600) -> dict[str, Any]:
         """Wait for the end of a run that has to be good; a failure carries its logs."""
         found = self.end(dag, run, timeout)
         if found["state"] != "success":
