@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import shutil
 import statistics
 import sys
@@ -399,12 +398,7 @@ def main() -> int:
         if "producer" in names:
             results += producers(address, made(1, args.messages), args.repeat)
         if set(names) - {"producer"}:
-            conf = scratch / "conf"
-            conf.mkdir()
-            classes = scratch / "classes"
-            classes.mkdir()
-            (conf / "spark-defaults.conf").write_text(machine.spark_defaults(machine.file_system(classes), scratch))
-            os.environ["SPARK_CONF_DIR"] = str(conf)
+            machine.configure(scratch)
             settings = Settings(
                 lake_uri=f"file://{scratch}/lake",
                 bootstrap_servers=address or "localhost:9092",

@@ -22,6 +22,7 @@ from pyspark.sql import functions as F  # noqa: N812
 from pyspark.sql.types import StructType
 
 from clickstream import lake, silver
+from clickstream.marts import MartWriter
 from clickstream.rules import PRICE_TYPE
 from clickstream.session import spark_session
 from clickstream.settings import Settings
@@ -236,3 +237,13 @@ def dsn(postgres: str) -> Iterator[str]:
     yield postgres
     with psycopg.connect(postgres) as connection:
         connection.execute("DROP SCHEMA IF EXISTS gold CASCADE")
+
+
+@pytest.fixture
+def marts(dsn: str) -> Iterator[MartWriter]:
+    """A writer of the marts; the schemas beside gold's are gone afterwards."""
+    writer = MartWriter(dsn, application_name="unit")
+    yield writer
+    writer.close()
+    with psycopg.connect(dsn) as connection:
+        connection.execute("DROP SCHEMA IF EXISTS alerts, quality CASCADE")

@@ -5,8 +5,8 @@
 The real streams and jobs on local Spark and a real broker, by a clock that is put forward (libfaketime): ten minutes
 after each batch, so that a day has 144 batches of Silver instead of 28,800, and 24 compactions and accountings and a
 VACUUM as it should. What is printed are the files at the end of each day, by kind. They are bounded when the days are
-the same from the third on: what a day leaves is gone when retention and the next VACUUM have passed. The batches that a
-real day has more make more of the same, in proportion; the last line says what that comes to.
+the same from the fourth on: what a day leaves is gone when retention and the next VACUUM have passed. The batches that
+a real day has more make more of the same, in proportion.
 """
 
 from __future__ import annotations
@@ -111,11 +111,8 @@ class Clock:
 def lake_of(stack: ExitStack, scratch: Path, clock: Clock) -> tuple[SparkSession, Settings]:
     """A session with the simulated clock, on a broker with the real one."""
     address = stack.enter_context(machine.kafka(scratch / "kafka", {"records": 3}))
-    classes, conf = scratch / "classes", scratch / "conf"
-    classes.mkdir()
-    conf.mkdir()
-    (conf / "spark-defaults.conf").write_text(machine.spark_defaults(machine.file_system(classes), scratch))
-    os.environ.update({"SPARK_CONF_DIR": str(conf)} | clock.environment)
+    machine.configure(scratch)
+    os.environ.update(clock.environment)
     settings = Settings(
         lake_uri=f"file://{scratch}/lake",
         bootstrap_servers=address,

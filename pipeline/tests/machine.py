@@ -65,6 +65,15 @@ def spark_defaults(classes: Path, scratch: Path) -> str:
     )
 
 
+def configure(scratch: Path) -> None:
+    """Makes the Spark session that this process starts next find what a node's spark-defaults.conf says."""
+    classes, conf = scratch / "classes", scratch / "conf"
+    classes.mkdir()
+    conf.mkdir()
+    (conf / "spark-defaults.conf").write_text(spark_defaults(file_system(classes), scratch))
+    os.environ["SPARK_CONF_DIR"] = str(conf)
+
+
 def _free_ports(count: int) -> list[int]:
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [opened.getsockname()[1] for opened in sockets]

@@ -11,6 +11,10 @@ COLUMNS = {
     "event_type": "STRING",
     "price": "DECIMAL(12,2)",
 }
+# The columns of `event` from a column `value` of JSON.
+FROM_JSON = ", ".join(
+    f"(value ->> '{'timestamp' if name == 'event_time' else name}')::{kind} AS {name}" for name, kind in COLUMNS.items()
+)
 COUNTS = """
     count(*) FILTER (event_type = 'view'), count(*) FILTER (event_type = 'add_to_cart'),
     count(*) FILTER (event_type = 'purchase'),

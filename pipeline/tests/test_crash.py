@@ -36,7 +36,7 @@ import duckdb
 import machine
 import psycopg
 import pytest
-from oracle import COLUMNS, ORACLES
+from oracle import FROM_JSON, ORACLES
 from pyspark.sql.types import TimestampType
 
 from clickstream import account, bronze, clients, gold, silver
@@ -321,12 +321,10 @@ class Lake:
     def count_again(self, kept: set[Position], windowed: Windowed) -> list[tuple[Any, ...]]:
         """The figures of the records at these positions, from Bronze's bytes."""
         if not self._database.execute("SELECT 1 FROM duckdb_tables() WHERE table_name = 'event'").fetchall():
-            text = {name: f"value ->> '{name}'" for name in COLUMNS} | {"event_time": "value ->> 'timestamp'"}
-            columns = ", ".join(f"({text[name]})::{kind} AS {name}" for name, kind in COLUMNS.items())
             archived = self.ask('SELECT partition, "offset", value FROM {bronze}', bronze=bronze.CLICKSTREAM)
             lines = [bytes(value).decode() for *position, value in archived if tuple(position) in kept]
             self._database.execute(
-                f"CREATE TABLE event AS SELECT {columns} FROM (SELECT unnest(?::VARCHAR[])::JSON AS value)", [lines]
+                f"CREATE TABLE event AS SELECT {FROM_JSON} FROM (SELECT unnest(?::VARCHAR[])::JSON AS value)", [lines]
             )
         return self._database.execute(ORACLES[windowed.table.name]).fetchall()
 

@@ -21,7 +21,6 @@ from clickstream.marts import MartWriter
 from clickstream.notify import Hour, Purchases
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 NOW = datetime(2025, 11, 29, 12, 30, tzinfo=UTC)
@@ -37,15 +36,6 @@ def table(path: Path) -> list[dict[str, str | None]]:
 def at(text: str | None) -> datetime:
     assert text
     return datetime.fromisoformat(text)
-
-
-@pytest.fixture
-def marts(dsn: str) -> Iterator[MartWriter]:
-    writer = MartWriter(dsn, application_name="unit")
-    yield writer
-    writer.close()
-    with psycopg.connect(dsn) as connection:
-        connection.execute("DROP SCHEMA IF EXISTS alerts, quality CASCADE")
 
 
 def fill(marts: MartWriter) -> None:

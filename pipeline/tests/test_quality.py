@@ -18,13 +18,14 @@ from pyspark.sql import functions as F  # noqa: N812
 from clickstream import bronze, checks, cli, gold, quality, silver
 from clickstream.checks import Check
 from clickstream.limits import QualityLimits
-from clickstream.marts import MartWriter
 from clickstream.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from pyspark.sql import DataFrame, SparkSession
+
+    from clickstream.marts import MartWriter
 
 NOW = datetime(2025, 11, 29, 12, 0, tzinfo=UTC)
 MINUTE, HOUR = timedelta(minutes=1), timedelta(hours=1)
@@ -90,15 +91,6 @@ def healthy(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> tu
     newest = rows.orderBy(F.desc("window_start")).limit(3).collect()
     rows.unpersist()
     return path, [(*gold.in_utc(row), False) for row in newest]
-
-
-@pytest.fixture
-def marts(dsn: str) -> Iterator[MartWriter]:
-    writer = MartWriter(dsn, application_name="unit")
-    yield writer
-    writer.close()
-    with psycopg.connect(dsn) as connection:
-        connection.execute("DROP SCHEMA IF EXISTS quality CASCADE")
 
 
 @pytest.fixture

@@ -16,24 +16,15 @@ from conftest import CASES
 
 from clickstream import alerts, checks, cli, gold, report, sessions
 from clickstream.errors import JobError
-from clickstream.marts import MartWriter
 from clickstream.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
+
+    from clickstream.marts import MartWriter
 
 DAY = date(2025, 11, 29)
 CASE = CASES / "report"
-
-
-@pytest.fixture
-def marts(dsn: str) -> Iterator[MartWriter]:
-    writer = MartWriter(dsn, application_name="unit")
-    yield writer
-    writer.close()
-    with psycopg.connect(dsn) as connection:
-        connection.execute("DROP SCHEMA IF EXISTS quality CASCADE")
 
 
 @pytest.fixture

@@ -13,15 +13,17 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from airflow.dag_processing.dagbag import DagBag
 from airflow.sdk.definitions.param import process_params
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 FOLDER = Path(sys.argv[1]).resolve()
 # Events of sys.addaudithook that are work which no import should do.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from airflow_under_test import Airflow
 from platform_under_test import ADDRESS, Platform
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 FIGURES = pytest.StashKey[list[str]]()
 

@@ -9,17 +9,19 @@ import shutil
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
 import psycopg
 from deltalake import DeltaTable, QueryBuilder
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
-from oracle import COLUMNS, ORACLES
+from oracle import FROM_JSON, ORACLES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = Path(__file__).resolve().parents[2]
 INVENTORY = Path(__file__).parent / "inventory"
@@ -99,10 +101,8 @@ class Lake:
             table = DeltaTable(str(self.path / path))
             columns = 'partition, "offset"' + (", value" if name == "bronze" else "")
             database.register(name, QueryBuilder().register("t", table).execute(f"SELECT {columns} FROM t").read_all())
-        text = {name: f"value ->> '{name}'" for name in COLUMNS} | {"event_time": "value ->> 'timestamp'"}
-        columns = ", ".join(f"({text[name]})::{kind} AS {name}" for name, kind in COLUMNS.items())
         database.execute(
-            f"""CREATE TABLE event AS SELECT {columns} FROM (
+            f"""CREATE TABLE event AS SELECT {FROM_JSON} FROM (
                     SELECT decode(value)::JSON AS value FROM bronze SEMI JOIN kept USING (partition, "offset"))"""
         )
         return {name: set(database.execute(ORACLES[name]).fetchall()) for name in names}

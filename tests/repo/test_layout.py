@@ -8,12 +8,14 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from repository import ROLES, ROOT, load
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 GROUPS = set(load(ROOT / "roles/preflight/vars/main.yml")["preflight_groups"])
 INVENTORIES = sorted(

@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import pytest
 import yaml
 
 from repository import ROLES, ROOT, load
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # Checks the site before any role runs: all of it is a preflight.
 PREFLIGHT = "preflight"

@@ -8,8 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import boto3
 import pytest
@@ -18,6 +17,9 @@ from standin import DEBIAN, ROOT
 
 sys.path.insert(0, str(ROOT / "tests/repo"))
 import test_layout
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CLOUD = ROOT / "ansible/scripts/cloud"
 # Which ports a node of the first group reaches on a node of the second; nothing else reaches anything. Written down

@@ -6,9 +6,12 @@ import json
 import os
 import re
 import subprocess
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from standin import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CHECKOV = ROOT / ".cache/scan-venv/bin/checkov"
 

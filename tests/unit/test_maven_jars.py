@@ -12,10 +12,9 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -23,6 +22,9 @@ MODULE = Path(__file__).resolve().parents[2] / "ansible/plugins/modules/maven_ja
 sys.path.insert(0, str(MODULE.parent))
 
 import maven_jars  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 @dataclass

@@ -112,11 +112,13 @@ topics:
 import re
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ansible.module_utils.basic import AnsibleModule, missing_required_lib
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 try:
     from kafka import errors as kafka_errors

@@ -6,11 +6,13 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from testinfra.host import Host
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 DAG = "lake_maintenance"
 # Where a task's failure is told.

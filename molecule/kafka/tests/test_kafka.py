@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 from testinfra.host import Host
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 TOPIC = "ecom_clickstream_raw"
 

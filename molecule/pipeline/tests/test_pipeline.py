@@ -9,14 +9,16 @@ import io
 import tarfile
 import time
 import urllib.request
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 import pytest
 from deltalake import DeltaTable
 from testinfra.host import Host
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 TOPIC = "ecom_clickstream_raw"
 LAKE = "/var/lib/lake"

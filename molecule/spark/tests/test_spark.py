@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import socket
 import urllib.request
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from testinfra.host import Host
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 NAME = "molecule-delta"
 # Also proves that executors have Delta's jars: the rows are written and counted by them.

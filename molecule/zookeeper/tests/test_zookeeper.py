@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 from testinfra.host import Host
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CLIENT = (
     "java -XX:TieredStopAtLevel=1 -XX:+UseSerialGC -Dlogback.configurationFile=/dev/null"

@@ -92,7 +92,7 @@ def measure(settings: Settings, seconds: float) -> dict[str, float]:
                 read += len(records)
                 for record in records[:: max(1, len(records) // LOOKED_AT)]:
                     try:
-                        event = json.loads(record.value())
+                        event = json.loads(record.value() or b"")
                         pending.append(Seen(event["product_id"], datetime.fromisoformat(event["timestamp"])))
                     except (TypeError, ValueError, KeyError):
                         skipped += 1
