@@ -46,8 +46,7 @@ def airflow(platform: Platform) -> Iterator[Airflow]:
     api = Airflow(ADDRESS)
     wait_until(lambda: api.dags() == DAGS, 120, "the DAG processor has read all DAGs")
     api.pause()
-    # What the clock had started before that.
-    api.idle()
+    api.close()
     platform.resume()
     platform.healthy()
     yield api
