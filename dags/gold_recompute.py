@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from airflow.sdk import DAG, AssetOrTimeSchedule, Param
-from orchestration import SILVER_ACCOUNTED, clock, shared, spark_job
+from orchestration import FIRST, SILVER_ACCOUNTED, clock, shared, spark_job
 
 DOC = """
 ### gold_recompute
@@ -58,4 +58,5 @@ with DAG(
         "{{ option('to', recompute_span(dag_run, params)[1]) }}",
         "{{ option('max-differences', params.max_differences or var.value.gold_max_differences) }}",
         "{{ option('dry-run', params.dry_run) }}",
+        priority_weight=FIRST,
     )

@@ -34,6 +34,8 @@ CLICKSTREAM = "/usr/local/bin/clickstream"
 JAVA = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 # As many slots as the cluster has room for batch jobs; the inventory says how many.
 SPARK_POOL = "spark"
+# The weight of those that go before when several wait for a slot: others build on what they write.
+FIRST = 10
 # Every offset of the hours before is accounted for.
 SILVER_ACCOUNTED = Asset("clickstream://silver/accounted")
 

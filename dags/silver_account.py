@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 from airflow.sdk import DAG
-from orchestration import SILVER_ACCOUNTED, clock, shared, spark_job
+from orchestration import FIRST, SILVER_ACCOUNTED, clock, shared, spark_job
 
 DOC = """
 ### silver_account
@@ -34,4 +34,4 @@ with DAG(
     tags=["silver", "batch"],
     **shared(deadline=timedelta(minutes=20)),
 ):
-    spark_job("account", "account", outlets=[SILVER_ACCOUNTED])
+    spark_job("account", "account", outlets=[SILVER_ACCOUNTED], priority_weight=FIRST)
