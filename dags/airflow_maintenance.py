@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import timedelta
 
 from airflow.providers.standard.operators.python import PythonOperator
-from airflow.sdk import DAG, CronTriggerTimetable
-from orchestration import Command, shared, trim_logs
+from airflow.sdk import DAG
+from orchestration import Command, clock, shared, trim_logs
 
 DOC = """
 ### airflow_maintenance
@@ -23,7 +23,7 @@ inventory.
 with DAG(
     dag_id="airflow_maintenance",
     description="Removes old rows of Airflow's database and old logs",
-    schedule=CronTriggerTimetable("20 4 * * *", timezone="UTC", run_immediately=False),
+    schedule=clock("20 4 * * *"),
     doc_md=DOC,
     tags=["airflow", "maintenance"],
     **shared(deadline=timedelta(minutes=30)),

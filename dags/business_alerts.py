@@ -7,8 +7,8 @@ from datetime import timedelta
 import delivery
 from airflow.providers.standard.operators.empty import EmptyOperator
 from airflow.providers.standard.operators.python import PythonOperator
-from airflow.sdk import DAG, CronTriggerTimetable, TriggerRule
-from orchestration import command, shared, spark_job
+from airflow.sdk import DAG, TriggerRule
+from orchestration import clock, command, shared, spark_job
 
 DOC = """
 ### business_alerts
@@ -37,7 +37,7 @@ pipeline node.
 with DAG(
     dag_id="business_alerts",
     description="Finds what people have to know, and tells them once",
-    schedule=CronTriggerTimetable("*/5 * * * *", timezone="UTC", run_immediately=False),
+    schedule=clock("*/5 * * * *"),
     doc_md=DOC,
     tags=["alerts"],
     **shared(deadline=timedelta(minutes=15), retry_delay=timedelta(seconds=30)),

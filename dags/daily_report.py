@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from airflow.sdk import DAG, CronTriggerTimetable, Param
-from orchestration import command, shared
+from airflow.sdk import DAG, Param
+from orchestration import clock, command, shared
 
 DOC = """
 ### daily_report
@@ -23,7 +23,7 @@ has gone over it.
 with DAG(
     dag_id="daily_report",
     description="The day's funnel, products and data quality, as HTML and CSV",
-    schedule=CronTriggerTimetable("30 1 * * *", timezone="UTC", run_immediately=False),
+    schedule=clock("30 1 * * *"),
     doc_md=DOC,
     tags=["report"],
     params={"date": Param(None, type=["null", "string"], format="date", description="Day, UTC; without: yesterday.")},

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from airflow.sdk import DAG, CronTriggerTimetable
-from orchestration import shared, spark_job
+from airflow.sdk import DAG
+from orchestration import clock, shared, spark_job
 
 DOC = """
 ### data_quality
@@ -31,7 +31,7 @@ It is not tried again when a check fails: the next run asks again. It changes no
 with DAG(
     dag_id="data_quality",
     description="Freshness, continuity, schema, rejects and volume, against their own history",
-    schedule=CronTriggerTimetable("25,55 * * * *", timezone="UTC", run_immediately=False),
+    schedule=clock("25,55 * * * *"),
     doc_md=DOC,
     tags=["quality"],
     **shared(deadline=timedelta(minutes=15)),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from airflow.sdk import DAG, AssetOrTimeSchedule, CronTriggerTimetable, Param
-from orchestration import SILVER_ACCOUNTED, shared, spark_job
+from airflow.sdk import DAG, AssetOrTimeSchedule, Param
+from orchestration import FIRST, SILVER_ACCOUNTED, clock, shared, spark_job
 
 DOC = """
 ### gold_recompute
@@ -31,9 +31,7 @@ earlier range. *another run holds …*: the next try waits for it. By hand: `mak
 with DAG(
     dag_id="gold_recompute",
     description="Computes Gold again, compares, and replaces what differs when it is little enough",
-    schedule=AssetOrTimeSchedule(
-        assets=[SILVER_ACCOUNTED], timetable=CronTriggerTimetable("50 0 * * *", timezone="UTC", run_immediately=False)
-    ),
+    schedule=AssetOrTimeSchedule(assets=[SILVER_ACCOUNTED], timetable=clock("50 0 * * *")),
     doc_md=DOC,
     tags=["gold", "batch"],
     params={
@@ -60,4 +58,5 @@ with DAG(
         "{{ option('to', recompute_span(dag_run, params)[1]) }}",
         "{{ option('max-differences', params.max_differences or var.value.gold_max_differences) }}",
         "{{ option('dry-run', params.dry_run) }}",
+        priority_weight=FIRST,
     )

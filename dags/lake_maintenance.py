@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from airflow.sdk import DAG, CronTriggerTimetable, Param
-from orchestration import shared, spark_job
+from airflow.sdk import DAG, Param
+from orchestration import clock, shared, spark_job
 
 DOC = """
 ### lake_maintenance
@@ -26,7 +26,7 @@ Missed runs need no catching up. By hand on a pipeline node: `clickstream compac
 with DAG(
     dag_id="lake_maintenance",
     description="Joins the small files the streams write; at night removes what no reader needs",
-    schedule=CronTriggerTimetable("40 * * * *", timezone="UTC", run_immediately=False),
+    schedule=clock("40 * * * *"),
     doc_md=DOC,
     tags=["lake", "maintenance"],
     params={"vacuum": Param(False, type="boolean", description="Also remove what is past the retention.")},

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from airflow.providers.apache.spark.operators.spark_submit import SparkSubmitOperator
-from airflow.sdk import Asset, BaseHook, BaseOperator, DeadlineAlert, DeadlineReference, SyncCallback
+from airflow.sdk import (
+    Asset,
+    BaseHook,
+    BaseOperator,
+    CronTriggerTimetable,
+    DeadlineAlert,
+    DeadlineReference,
+    SyncCallback,
+)
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowNotFoundException
 
 log = logging.getLogger(__name__)
@@ -26,6 +34,8 @@ CLICKSTREAM = "/usr/local/bin/clickstream"
 JAVA = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 # As many slots as the cluster has room for batch jobs; the inventory says how many.
 SPARK_POOL = "spark"
+# The weight of those that go before when several wait for a slot: others build on what they write.
+FIRST = 10
 # Every offset of the hours before is accounted for.
 SILVER_ACCOUNTED = Asset("clickstream://silver/accounted")
 
@@ -278,12 +288,17 @@ def trim_logs(days: str, max_mib: str) -> dict[str, int]:
 # --- What every DAG has ----------------------------------------------------------------------------------------
 
 
+def clock(cron: str) -> CronTriggerTimetable:
+    """Runs by UTC. The first is the next one due: a new platform has enough to do with starting."""
+    # False would let a daily run that was due two hours ago begin.
+    return CronTriggerTimetable(cron, timezone="UTC", run_immediately=timedelta(0))
+
+
 def shared(*, deadline: timedelta, **default_args: Any) -> dict[str, Any]:
     """The arguments that all DAGs have. A run that is not done within the deadline after it was queued is told, and is
     ended after twice that time."""
     return {
-        # Every job does all of the work that is left, so a missed run needs no catching up. Without a start date the
-        # first run is the next one due: a new platform has enough to do with starting.
+        # Every job does all of the work that is left, so a missed run needs no catching up.
         "catchup": False,
         "max_active_runs": 1,
         "dagrun_timeout": 2 * deadline,

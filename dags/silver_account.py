@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from airflow.sdk import DAG, CronTriggerTimetable
-from orchestration import SILVER_ACCOUNTED, shared, spark_job
+from airflow.sdk import DAG
+from orchestration import FIRST, SILVER_ACCOUNTED, clock, shared, spark_job
 
 DOC = """
 ### silver_account
@@ -29,9 +29,9 @@ runs need no catching up. By hand: `make account`.
 with DAG(
     dag_id="silver_account",
     description="Accounts for every offset: bronze = silver.events + silver.rejects",
-    schedule=CronTriggerTimetable("5 * * * *", timezone="UTC", run_immediately=False),
+    schedule=clock("5 * * * *"),
     doc_md=DOC,
     tags=["silver", "batch"],
     **shared(deadline=timedelta(minutes=20)),
 ):
-    spark_job("account", "account", outlets=[SILVER_ACCOUNTED])
+    spark_job("account", "account", outlets=[SILVER_ACCOUNTED], priority_weight=FIRST)

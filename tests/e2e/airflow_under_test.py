@@ -71,6 +71,13 @@ class Airflow:
 
         wait_until(none_running, timeout, "no task is at work")
 
+    def close(self) -> None:
+        """Call the runs done that the clock has started, so that those of a test do not wait behind them."""
+        self.idle()
+        for state in ("running", "queued"):
+            for run in self.call("GET", f"/api/v2/dags/~/dagRuns?state={state}&limit=100")["dag_runs"]:
+                self.call("PATCH", self._path(run["dag_id"], run["dag_run_id"]), {"state": "success"})
+
     def trigger(self, dag: str, **conf: Any) -> str:
         """Start a run as a person would; its id. The DAG is not paused any more."""
         self.call("PATCH", f"/api/v2/dags/{dag}?update_mask=is_paused", {"is_paused": False})

@@ -48,8 +48,7 @@ def airflow(platform: Platform) -> Iterator[Airflow]:
     api = Airflow(ADDRESS)
     wait_until(lambda: api.dags() == DAGS, 120, "the DAG processor has read all DAGs")
     api.pause()
-    # What the clock had started before that.
-    api.idle()
+    api.close()
     platform.resume()
     platform.healthy()
     yield api
@@ -142,7 +141,10 @@ def test_every_dag_goes_green(platform: Platform, run: Airflow) -> None:
     """Started together, as a person would; gold_recompute by what silver_account publishes."""
     # Late ones, into an hour that is closed.
     platform.run("ecom-producer --client confluent --quiet --rate 100 --duration 3 --faults late=0.5 --late-by 4000")
+    # Only while nothing comes do the streams reach the end of the topic.
+    platform.run("sudo systemctl stop ecom-producer")
     platform.wait_for_streams(300)
+    platform.resume()
     before = {entry["dag_run_id"] for entry in run.runs("gold_recompute")}
     run.call("PATCH", "/api/v2/dags/gold_recompute?update_mask=is_paused", {"is_paused": False})
     began = platform.lake().version("bronze/clickstream")
@@ -154,7 +156,6 @@ def test_every_dag_goes_green(platform: Platform, run: Airflow) -> None:
         "lake_maintenance": {"vacuum": True},
         "data_quality": {},
         "business_alerts": {},
-        "backfill": {},
     }
     started = {dag: run.trigger(dag, **conf) for dag, conf in asked.items()}
     run.green("silver_account", started["silver_account"])
@@ -163,6 +164,8 @@ def test_every_dag_goes_green(platform: Platform, run: Airflow) -> None:
         new = [entry for entry in run.runs("gold_recompute") if entry["dag_run_id"] not in before]
         return next((entry["dag_run_id"] for entry in new if entry["run_type"] == "asset_triggered"), None)
 
+    # Only what is accounted for is judged again.
+    started["backfill"] = run.trigger("backfill")
     started["gold_recompute"] = wait_until(followed, 60, "the asset starts gold_recompute")
     for dag in DAGS:
         if dag != "silver_account":

@@ -322,7 +322,9 @@ def write(day: Day, output: Path) -> list[Path]:
         if not folder.is_dir():
             output.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
-            shutil.copymode(output, folder)
+            # A sandboxed service has the group's bit from the folder above, and may not set it itself.
+            if folder.stat().st_mode != output.stat().st_mode:
+                shutil.copymode(output, folder)
         for path, text in files.items():
             _write(path, text)
         days = sorted(
