@@ -21,7 +21,7 @@ os.environ["TZ"] = "UTC"
 from pyspark.sql import functions as F  # noqa: N812
 from pyspark.sql.types import StructType
 
-from clickstream import lake, silver
+from clickstream import compact, lake, silver
 from clickstream.marts import MartWriter
 from clickstream.rules import PRICE_TYPE
 from clickstream.session import spark_session
@@ -68,9 +68,26 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     session.stop()
 
 
+@pytest.fixture(scope="session")
+def empty_lake(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every table, without rows: to copy them takes less than most tests, to make them more."""
+    path = tmp_path_factory.mktemp("empty") / "lake"
+    for table in compact.TABLES:
+        table.ensure(spark, Settings(lake_uri=f"file://{path}"))
+    return path
+
+
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
+def bare(tmp_path: Path) -> Settings:
+    """A lake where no table is yet."""
     return Settings(lake_uri=f"file://{tmp_path}/lake", status_dir=str(tmp_path / "status"))
+
+
+@pytest.fixture
+def settings(bare: Settings, empty_lake: Path) -> Settings:
+    """A lake whose tables are all empty."""
+    shutil.copytree(empty_lake, bare.lake_uri.removeprefix("file://"))
+    return bare
 
 
 NOW = datetime(2025, 11, 29, 12, 0, tzinfo=UTC)

@@ -55,9 +55,10 @@ class Shop(Lake):
 
 
 @pytest.fixture(scope="module")
-def lake(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def lake(spark: SparkSession, empty_lake: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What rule set 2 judges otherwise: a fridge is a device (offset 1), and 250,000 is no price (2 and 4)."""
     path = tmp_path_factory.mktemp("backfill") / "lake"
+    shutil.copytree(empty_lake, path)
     shop = Shop(spark, Settings(lake_uri=f"file://{path}"), Topic(spark))
     shop.send(
         [
@@ -77,9 +78,9 @@ def lake(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def shop(spark: SparkSession, settings: Settings, lake: Path) -> Shop:
-    shutil.copytree(lake, settings.lake_uri.removeprefix("file://"))
-    return Shop(spark, settings, Topic(spark, start=7))
+def shop(spark: SparkSession, bare: Settings, lake: Path) -> Shop:
+    shutil.copytree(lake, bare.lake_uri.removeprefix("file://"))
+    return Shop(spark, bare, Topic(spark, start=7))
 
 
 BY_1 = {

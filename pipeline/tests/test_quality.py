@@ -94,12 +94,12 @@ def healthy(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 
 @pytest.fixture
-def lake(spark: SparkSession, settings: Settings, healthy: tuple[Path, list[Any]], marts: MartWriter) -> Lake:
+def lake(spark: SparkSession, bare: Settings, healthy: tuple[Path, list[Any]], marts: MartWriter) -> Lake:
     path, newest = healthy
-    shutil.copytree(path, settings.lake_uri.removeprefix("file://"))
+    shutil.copytree(path, bare.lake_uri.removeprefix("file://"))
     marts.ensure(gold.FUNNEL_1M.mart)
     marts.replace_windows(gold.FUNNEL_1M.mart, [], newest)
-    return Lake(spark, settings)
+    return Lake(spark, bare)
 
 
 def measured(lake: Lake, marts: MartWriter, now: datetime = NOW, limits: QualityLimits = LIMITS) -> list[Check]:
@@ -172,10 +172,8 @@ def test_streams_that_stand_and_a_table_that_cannot_be_read(lake: Lake, marts: M
     assert found["freshness silver"].startswith("it cannot be read; the job's log says more: ")
 
 
-def test_a_lake_of_nothing_fails_only_for_its_freshness(
-    spark: SparkSession, settings: Settings, marts: MartWriter
-) -> None:
-    found = measured(Lake(spark, settings), marts)
+def test_a_lake_of_nothing_fails_only_for_its_freshness(spark: SparkSession, bare: Settings, marts: MartWriter) -> None:
+    found = measured(Lake(spark, bare), marts)
     assert {check.check_name for check in found} == {"freshness"}
     assert {check.status for check in found} == {checks.FAIL}
     assert "it has no rows; " in found[0].detail

@@ -198,16 +198,16 @@ def test_empty_batches_write_nothing(stream: Stream, topic: Topic) -> None:
     assert sorted(path.name for path in log.glob("*.json")) == before
 
 
-def test_ensure_is_idempotent_and_applies_a_changed_retention(spark: SparkSession, settings: Settings) -> None:
+def test_ensure_is_idempotent_and_applies_a_changed_retention(spark: SparkSession, bare: Settings) -> None:
     from dataclasses import replace
 
     from delta.tables import DeltaTable
 
-    silver.EVENTS.ensure(spark, settings)
-    silver.EVENTS.ensure(spark, settings)
-    table = DeltaTable.forPath(spark, settings.table("silver.events"))
+    silver.EVENTS.ensure(spark, bare)
+    silver.EVENTS.ensure(spark, bare)
+    table = DeltaTable.forPath(spark, bare.table("silver.events"))
     assert table.history().count() == 1
-    silver.EVENTS.ensure(spark, replace(settings, retention_hours=72))
+    silver.EVENTS.ensure(spark, replace(bare, retention_hours=72))
     detail = table.detail().first()
     assert detail is not None
     assert detail["properties"]["delta.logRetentionDuration"] == "interval 72 hours"

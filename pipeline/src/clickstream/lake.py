@@ -20,7 +20,6 @@ from delta.exceptions import (
     MetadataChangedException,
     ProtocolChangedException,
 )
-from delta.tables import DeltaTable
 from py4j.protocol import Py4JJavaError
 from pyspark.sql.types import StructType
 
@@ -90,9 +89,8 @@ class Table:
             columns = ", ".join(f"{field.name} {field.dataType.simpleString()}" for field in added)
             # Of two applications that add the same, the second finds that it need not.
             retry_conflicts(lambda: spark.sql(f"ALTER TABLE {path} ADD COLUMNS ({columns})"))
-        detail = DeltaTable.forPath(spark, settings.table(self.name)).detail().select("properties").first()
-        assert detail is not None
-        changed = {k: v for k, v in properties.items() if detail["properties"].get(k) != v}
+        found = {row["key"]: row["value"] for row in spark.sql(f"SHOW TBLPROPERTIES {path}").collect()}
+        changed = {key: value for key, value in properties.items() if found.get(key) != value}
         if changed:
             spark.sql(f"ALTER TABLE {path} SET TBLPROPERTIES ({pairs(changed)})")
 
