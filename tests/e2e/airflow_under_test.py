@@ -78,6 +78,11 @@ class Airflow:
             for run in self.call("GET", f"/api/v2/dags/~/dagRuns?state={state}&limit=100")["dag_runs"]:
                 self.call("PATCH", self._path(run["dag_id"], run["dag_run_id"]), {"state": "success"})
 
+    def slots(self, pool: str, slots: int) -> None:
+        """How many tasks of a pool may run from now on."""
+        body = {"pool": pool, "slots": slots, "include_deferred": False}
+        self.call("PATCH", f"/api/v2/pools/{pool}?update_mask=slots", body)
+
     def trigger(self, dag: str, **conf: Any) -> str:
         """Start a run as a person would; its id. The DAG is not paused any more."""
         self.call("PATCH", f"/api/v2/dags/{dag}?update_mask=is_paused", {"is_paused": False})

@@ -59,9 +59,10 @@ def airflow(platform: Platform) -> Iterator[Airflow]:
 
 @pytest.fixture
 def run(airflow: Airflow) -> Iterator[Airflow]:
-    """The same, paused again when the test ends."""
+    """The same, paused again when the test ends, and without a run that the next test would wait behind."""
     yield airflow
     airflow.pause()
+    airflow.close()
 
 
 def outbox(platform: Platform, where: str) -> list[tuple[Any, ...]]:
@@ -253,7 +254,7 @@ def test_a_stream_that_stands_is_caught_and_a_late_run_is_told(platform: Platfor
     try:
         platform.run("sudo systemctl restart airflow-scheduler")
         platform.run("sudo nodectl wait airflow-scheduler", timeout=180)
-        run.call("PATCH", "/api/v2/pools/spark?update_mask=slots", {"pool": "spark", "slots": 0})
+        run.slots("spark", 0)
         late = run.trigger("data_quality")
         run.reached("data_quality", late, "check", "scheduled")
         platform.run(
@@ -263,12 +264,12 @@ def test_a_stream_that_stands_is_caught_and_a_late_run_is_told(platform: Platfor
         told = wait_until(lambda: outbox(platform, "kind = 'dag_late'"), 90, "the missed deadline is told")
         assert [subject for _, subject, _ in told] == ["data_quality is late"]
         time.sleep(max(0.0, 75 - (time.monotonic() - stopped)))  # nothing to ask: the layers have to grow old
-        run.call("PATCH", "/api/v2/pools/spark?update_mask=slots", {"pool": "spark", "slots": 1})
+        run.slots("spark", 1)
         assert run.end("data_quality", late)["state"] == "failed"
     finally:
-        run.call("PATCH", "/api/v2/pools/spark?update_mask=slots", {"pool": "spark", "slots": 1})
-        platform.run(f"sudo sed -i '$d' {environment}; sudo systemctl restart airflow-scheduler")
         platform.run("sudo systemctl start ecom-streams")
+        platform.run(f"sudo sed -i '$d' {environment}; sudo systemctl restart airflow-scheduler")
+        run.slots("spark", 1)
     ((_, _, message),) = outbox(platform, "kind = 'task_failed' AND subject LIKE 'data_quality%'")
     assert "freshness" in message and "bronze" in message
     platform.figures.append(f"the stale stream: {message.splitlines()[0]}")
