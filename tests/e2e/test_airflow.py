@@ -19,6 +19,12 @@ from airflow_under_test import BRIDGE, Airflow, Mailbox, Webhook
 from deltalake import DeltaTable, write_deltalake
 from platform_under_test import ADDRESS, ROOT, SSH, TOPIC, Lake, Platform, wait_until
 from selenium import webdriver
+from selenium.common.exceptions import (
+    ElementClickInterceptedException,
+    ElementNotInteractableException,
+    NoSuchElementException,
+    StaleElementReferenceException,
+)
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support import expected_conditions as found
 from selenium.webdriver.support.ui import WebDriverWait
@@ -40,6 +46,12 @@ DAGS = [
     "silver_account",
 ]
 ARTIFACTS = ROOT / "artifacts"
+NOT_YET = (
+    NoSuchElementException,
+    ElementNotInteractableException,
+    ElementClickInterceptedException,
+    StaleElementReferenceException,
+)
 
 
 @pytest.fixture(scope="module")
@@ -376,18 +388,23 @@ def test_a_person_starts_a_dag_on_the_page(run: Airflow, browser: webdriver.Chro
     dag = "airflow_maintenance"
     run.call("PATCH", f"/api/v2/dags/{dag}?update_mask=is_paused", {"is_paused": False})
     known = {entry["dag_run_id"] for entry in run.runs(dag)}
-    wait = WebDriverWait(browser, 60)
+    # the page is redrawn while it loads: an element found a moment ago may be gone
+    wait = WebDriverWait(browser, 60, ignored_exceptions=NOT_YET)
+
+    def click(by: str, value: str) -> None:
+        wait.until(lambda page: page.find_element(by, value).click() or True)
+
     browser.get(f"http://{ADDRESS}:8087/")
     wait.until(found.presence_of_element_located((By.NAME, "username"))).send_keys("admin")
     browser.find_element(By.NAME, "password").send_keys("admin")
-    browser.find_element(By.CSS_SELECTOR, "input[type=submit], button[type=submit]").click()
+    click(By.CSS_SELECTOR, "input[type=submit], button[type=submit]")
     browser.get(f"http://{ADDRESS}:8087/dags")
     for name in DAGS:
         wait.until(found.visibility_of_element_located((By.LINK_TEXT, name)))
-    browser.find_element(By.LINK_TEXT, dag).click()
+    click(By.LINK_TEXT, dag)
     wait.until(found.url_contains(f"/dags/{dag}"))
     for button in ("trigger-dag-button", "trigger-dag-submit"):
-        wait.until(found.element_to_be_clickable((By.CSS_SELECTOR, f"[data-testid={button}]"))).click()
+        click(By.CSS_SELECTOR, f"[data-testid={button}]")
     new = wait_until(
         lambda: next((r["dag_run_id"] for r in run.runs(dag) if r["dag_run_id"] not in known), None), 60, "a run starts"
     )
