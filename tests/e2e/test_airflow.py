@@ -392,7 +392,11 @@ def test_a_person_starts_a_dag_on_the_page(run: Airflow, browser: webdriver.Chro
     wait = WebDriverWait(browser, 60, ignored_exceptions=NOT_YET)
 
     def click(by: str, value: str) -> None:
-        wait.until(lambda page: page.find_element(by, value).click() or True)
+        def clicked(page: webdriver.Chrome) -> bool:
+            page.find_element(by, value).click()
+            return True
+
+        wait.until(clicked)
 
     browser.get(f"http://{ADDRESS}:8087/")
     wait.until(found.presence_of_element_located((By.NAME, "username"))).send_keys("admin")
