@@ -56,9 +56,13 @@ class Airflow:
     def dags(self) -> list[str]:
         return sorted(dag["dag_id"] for dag in self.call("GET", "/api/v2/dags?limit=100")["dags"])
 
-    def pause(self, paused: bool = True) -> None:
-        """All DAGs. One that is paused starts nothing and goes on with nothing."""
-        self.call("PATCH", "/api/v2/dags?dag_id_pattern=%25&update_mask=is_paused", {"is_paused": paused})
+    def pause(self, dags: str = "%") -> None:
+        """Pause the DAGs like this, by default all. One that is paused starts nothing and goes on with nothing."""
+        self.call(
+            "PATCH",
+            f"/api/v2/dags?dag_id_pattern={urllib.parse.quote(dags)}&update_mask=is_paused",
+            {"is_paused": True},
+        )
 
     def idle(self, timeout: float = 600) -> None:
         """Wait until no task is at work."""
