@@ -376,6 +376,24 @@ class Platform:
         """Start the shop again."""
         self.run("sudo systemctl start ecom-producer")
 
+    def produce(self, unit: str, options: str) -> None:
+        """Start a run of the producer in the guest, beside the shop, as a unit that a shutdown stops before Kafka."""
+        self.run(
+            f"sudo systemctl reset-failed {unit} 2>/dev/null; sudo systemd-run --unit {unit} --quiet"
+            " --property After=kafka.service --property EnvironmentFile=/etc/clickstream/clickstream.env"
+            f" ecom-producer --client confluent --quiet {options}"
+        )
+
+    def wait_for_producer(self, unit: str, patience: float) -> None:
+        """Until such a run is over; it has to end well."""
+
+        def over() -> bool:
+            state = self.run(f"systemctl is-active {unit}", check=False).strip()
+            assert state != "failed", self.run(f"sudo journalctl -u {unit} -n 30 --no-pager", check=False)
+            return state == "inactive"
+
+        wait_until(over, patience, f"{unit} ends")
+
     def lake(self) -> Lake:
         """Copy the lake out of the guest."""
         target = self.scratch / "lake"

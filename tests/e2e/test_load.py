@@ -24,25 +24,12 @@ BACKLOG = 2_000_000
 MIB = 2**20
 
 
-def produce(platform: Platform, unit: str, rate: int, duration: float) -> None:
-    """Start a run of the producer in the guest, beside the shop."""
-    platform.run(
-        f"sudo systemd-run --unit {unit} --collect --quiet --property EnvironmentFile=/etc/clickstream/clickstream.env"
-        f" ecom-producer --client confluent --quiet --rate {rate} --duration {duration:g}"
-    )
-
-
-def over(platform: Platform, unit: str) -> bool:
-    """Whether a transient unit is gone."""
-    return platform.run(f"systemctl is-active {unit}", check=False).strip() not in ("active", "activating")
-
-
 @pytest.mark.parametrize("rate", RATES)
 def test_latency(platform: Platform, rate: int) -> None:
     platform.healthy()
     before = sum(platform.end_offsets().values())
     if rate > 5:
-        produce(platform, "ecom-load", rate - 5, SECONDS * 2.5)
+        platform.produce("ecom-load", f"--rate {rate - 5} --duration {SECONDS * 2.5:g}")
     wait_until(
         lambda: sum(platform.end_offsets().values()) - before > rate * SECONDS / 2, 180, f"{rate} events a second flow"
     )
@@ -86,8 +73,8 @@ def test_a_backlog_is_caught_up_within_the_memory(platform: Platform) -> None:
     platform.quiesce(600)
     platform.run("sudo systemctl stop ecom-streams")
     before = platform.end_offsets()
-    produce(platform, "ecom-backlog", 40_000, BACKLOG / 40_000)
-    wait_until(lambda: over(platform, "ecom-backlog"), 600, "the backlog is sent")
+    platform.produce("ecom-backlog", f"--rate 40000 --duration {BACKLOG / 40_000:g}")
+    platform.wait_for_producer("ecom-backlog", 600)
     assert sum(platform.end_offsets().values()) - sum(before.values()) == BACKLOG
     (counted,) = platform.mart("SELECT sum(views + carts + purchases) FROM gold.product_funnel_1m")[0]
     began = time.monotonic()

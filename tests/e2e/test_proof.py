@@ -26,26 +26,13 @@ PATIENCE = 600
 
 
 class Run:
-    """A run of the producer in the guest, beside the shop, as a unit that a shutdown stops before Kafka."""
+    """A run of the producer in the guest, beside the shop."""
 
     def __init__(self, platform: Platform, part: int, records: int) -> None:
         self.platform, self.unit, self.truth = platform, f"ecom-proof-{part}", f"{TRUTHS}/{part}.jsonl"
-        platform.run(
-            f"sudo mkdir -p {TRUTHS}; sudo rm -f {self.truth}; sudo systemd-run --unit {self.unit} --quiet"
-            " --property After=kafka.service --property EnvironmentFile=/etc/clickstream/clickstream.env"
-            f" ecom-producer --client confluent --quiet --rate {RATE} --duration {records / RATE:g}"
-            f" --faults all=0.25 --late-by {LATE_BY} --truth {self.truth}"
-        )
-
-    def wait(self) -> None:
-        """Until it is over; a run that was not interrupted has to end well."""
-
-        def over() -> bool:
-            state = self.platform.run(f"systemctl is-active {self.unit}", check=False).strip()
-            assert state != "failed", self.platform.run(f"sudo journalctl -u {self.unit} -n 30 --no-pager", check=False)
-            return state == "inactive"
-
-        wait_until(over, PATIENCE, f"{self.unit} ends")
+        platform.run(f"sudo mkdir -p {TRUTHS}; sudo rm -f {self.truth}")
+        rate = f"--rate {RATE} --duration {records / RATE:g}"
+        platform.produce(self.unit, f"{rate} --faults all=0.25 --late-by {LATE_BY} --truth {self.truth}")
 
     def sent(self) -> int:
         """Lines of the truth so far."""
@@ -96,7 +83,7 @@ def test_faults_of_every_kind_through_restarts(platform: Platform) -> None:
     parts = [Run(platform, 1, 80_000)]
     wait_until(lambda: parts[0].sent() > 20_000, 120, "the first run is under way")
     platform.run("sudo systemctl restart ecom-streams")
-    parts[0].wait()
+    platform.wait_for_producer(parts[0].unit, PATIENCE)
     parts.append(Run(platform, 2, 80_000))
     wait_until(lambda: parts[1].sent() > 20_000, 120, "the second run is under way")
     platform.vagrant("reload")
@@ -107,7 +94,7 @@ def test_faults_of_every_kind_through_restarts(platform: Platform) -> None:
     wait_until(lambda: parts[2].sent() > 20_000, 120, "the third run is under way")
     pid = platform.main_pids()["ecom-streams.service"]
     platform.run(f"sudo kill -KILL {pid}")
-    parts[2].wait()
+    platform.wait_for_producer(parts[2].unit, PATIENCE)
     platform.healthy()
 
     platform.run("sudo systemctl stop ecom-producer")
