@@ -18,7 +18,8 @@ their rows in `silver.events` and `silver.rejects`. Only started by hand:
 3. Trigger it without `dry_run`. The log ends with the hours that Gold has to follow.
 4. Trigger `gold_recompute` with these hours as `from` and `to`, and a `max_differences` that lets them pass.
 
-`rollback` takes the latest backfill back, while the tables keep what was before (48 hours); Gold follows as in 4.
+`rollback` takes the latest backfill back at once, while the tables keep what was before (48 hours); Gold follows as
+in 4.
 
 **When it fails**: a wrong range or rule set is told in one line, before Spark starts or by the command, and nothing
 is changed. *none of the records … is in the ledger yet*: step 1. *was interrupted while it wrote*: trigger it with
@@ -41,7 +42,7 @@ with DAG(
         "to": Param(None, type=["null", "string"], format="date-time", description="End, not included; without: all."),
         "dry_run": Param(True, type="boolean", description="Only report what would change."),
         "rollback": Param(
-            False, type="boolean", description="Take the latest backfill back; without ruleset, from, to."
+            False, type="boolean", description="Take the latest backfill back, at once: dry_run does not matter."
         ),
     },
     **shared(deadline=timedelta(hours=1)),
@@ -52,7 +53,7 @@ with DAG(
         "{{ option('ruleset', params.ruleset) }}",
         "{{ option('from', chosen_span(params)[0]) }}",
         "{{ option('to', chosen_span(params)[1]) }}",
-        "{{ option('dry-run', params.dry_run) }}",
+        "{{ option('dry-run', params.dry_run and not params.rollback) }}",
         "{{ option('rollback', params.rollback) }}",
         # A person is there to look; a write that was interrupted has to be taken back first.
         retries=0,

@@ -1,4 +1,4 @@
-"""Finds what people have to know, and tells them: `clickstream alerts`, `clickstream notify`, then delivery."""
+"""Tells people what they have to know: `clickstream notify`, then delivery."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import delivery
 from airflow.providers.standard.operators.empty import EmptyOperator
 from airflow.providers.standard.operators.python import PythonOperator
 from airflow.sdk import DAG, TriggerRule
-from orchestration import clock, command, shared, spark_job
+from orchestration import clock, command, shared
 
 DOC = """
 ### business_alerts
-`find` opens and closes episodes of products with high interest and low conversion (`gold.product_alerts`); `notify`
-puts these, falls of a category's conversion, stalls of revenue and failed data-quality checks into `alerts.outbox`,
-each once; `deliver` sends the outbox, in which failed DAGs are too, to every sink that has a connection:
+`notify` puts the episodes that `product_alerts` found, falls of a category's conversion, stalls of revenue and failed
+data-quality checks into `alerts.outbox`, each once; `deliver` sends the outbox, in which failed and late DAGs are too,
+to every sink that has a connection. Neither needs Spark, so a cluster that is busy or away cannot keep them from it.
 
 | connection | sink |
 |---|---|
@@ -30,22 +30,21 @@ what is left, and no sink gets an alert twice. What is waiting:
     SELECT o.alert_key, d.sink, d.attempts, d.last_error FROM alerts.outbox o JOIN alerts.deliveries d USING (alert_key)
     WHERE d.delivered_at IS NULL ORDER BY o.raised_at;
 
-If it is `find` or `notify`, the others still do their work. By hand: `make alerts`; `clickstream notify` on a
-pipeline node.
+If it is `notify`, what is in the outbox is delivered all the same. By hand: `clickstream notify` on a pipeline node.
 """
 
 with DAG(
     dag_id="business_alerts",
-    description="Finds what people have to know, and tells them once",
-    schedule=clock("*/5 * * * *"),
+    description="Tells people what they have to know, once",
+    # Two minutes after product_alerts began.
+    schedule=clock("2-59/5 * * * *"),
     doc_md=DOC,
     tags=["alerts"],
     **shared(deadline=timedelta(minutes=15), retry_delay=timedelta(seconds=30)),
 ):
-    find = spark_job("find", "alerts")
-    # What one step could not do must not keep the next from telling.
-    notify = command("notify", "notify", trigger_rule=TriggerRule.ALL_DONE)
+    notify = command("notify", "notify")
+    # What could not be found must not keep from telling what was.
     deliver = PythonOperator(task_id="deliver", python_callable=delivery.deliver, trigger_rule=TriggerRule.ALL_DONE)
-    find >> notify >> deliver
-    # The run is green when all of them are.
-    [find, notify, deliver] >> EmptyOperator(task_id="done")
+    notify >> deliver
+    # The run is green when both are.
+    [notify, deliver] >> EmptyOperator(task_id="done")

@@ -16,6 +16,8 @@ has gone over it.
 
 **To write a day again** trigger it with `date`: the same files are written anew, each in one step.
 
+**After an outage of Airflow** only the last day is written: trigger it with `date` for each day before.
+
 **When it fails**: *no data of that day*: are there windows of it in the marts (`make gold`)? They go back 90 days.
 *No space left on device*: `df -h /var/lib/pipeline` on the node; the day's old files are as they were.
 """

@@ -20,6 +20,7 @@ from typing import Any
 
 from airflow.sdk import BaseHook
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowNotFoundException
+from airflow.sdk.log import mask_secret
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +52,19 @@ Alert = dict[str, Any]
 
 
 def to_webhook(alert: Alert, again: bool) -> None:
-    """POSTs the alert as JSON; any answer but 2xx and 3xx raises."""
+    """POSTs the alert as JSON; any answer but 2xx raises: a redirected POST would go on without its body."""
     from airflow.providers.http.hooks.http import HttpHook
 
-    HttpHook(method="POST", http_conn_id="alerts_webhook").run(
+    answer = HttpHook(method="POST", http_conn_id="alerts_webhook").run(
         data=json.dumps(alert),
         headers={"Content-Type": "application/json", "Idempotency-Key": alert["key"]},
-        extra_options={"timeout": TIMEOUT_S},
+        extra_options={"timeout": TIMEOUT_S, "allow_redirects": False},
     )
+    if not 200 <= answer.status_code < 300:
+        raise AirflowException(
+            f"the webhook answered {answer.status_code} {answer.reason}; write the address that takes the POST itself "
+            "into alerts_webhook"
+        )
 
 
 def to_smtp(alert: Alert, again: bool) -> None:
@@ -101,13 +107,13 @@ def to_file(alert: Alert, again: bool) -> None:
 SINKS = {"file": to_file, "webhook": to_webhook, "smtp": to_smtp}
 
 
-def configured() -> list[str]:
-    """The sinks that have a connection."""
-    found = []
+def configured() -> dict[str, str]:
+    """The sinks that have a connection, each with what no log may show: of a webhook the path is the secret."""
+    found = {}
     for sink in SINKS:
         with contextlib.suppress(AirflowNotFoundException):
-            BaseHook.get_connection(f"alerts_{sink}")
-            found.append(sink)
+            host = BaseHook.get_connection(f"alerts_{sink}").host or ""
+            found[sink] = host.partition("://")[2].partition("/")[2] if sink == "webhook" else ""
     return found
 
 
@@ -126,7 +132,7 @@ def _alert(row: tuple[Any, ...], page: str) -> Alert:
     }
 
 
-def _deliver_to(sink: str, connection: Any, page: str) -> tuple[int, list[str]]:
+def _deliver_to(sink: str, secret: str, connection: Any, page: str) -> tuple[int, list[str]]:
     """How many alerts a sink took, and what it said of the others."""
     sent, errors, in_a_row = 0, [], 0
     with connection.cursor() as cursor:
@@ -142,6 +148,7 @@ def _deliver_to(sink: str, connection: Any, page: str) -> tuple[int, list[str]]:
                 SINKS[sink](alert, attempts > 1)
             except Exception as error:
                 said = f"{type(error).__name__}: {error}"
+                said = said.replace(secret, "***") if secret else said
                 log.warning("%s did not take %s: %s", sink, alert["key"], said)
                 cursor.execute(_FAILED, names | {"error": said[:1000]})
                 errors.append(f"{sink}: {said}")
@@ -168,10 +175,13 @@ def deliver() -> dict[str, int]:
             "in the inventory and deploy (make up, make deploy)"
         )
     sent, errors = {}, []
-    for sink in sinks:
+    for sink, secret in sinks.items():
+        # For the logs of Airflow's own hook.
+        if secret:
+            mask_secret(secret)
         with contextlib.closing(PostgresHook(postgres_conn_id="analytics").get_conn()) as connection:
             connection.autocommit = True
-            sent[sink], said = _deliver_to(sink, connection, conf.get("api", "base_url"))
+            sent[sink], said = _deliver_to(sink, secret, connection, conf.get("api", "base_url"))
             errors += said
     if errors:
         raise AirflowException(f"{len(errors)} deliveries failed and are tried again: {errors[-1]}")

@@ -24,6 +24,10 @@ differ, and the first keys.
 * Nothing explains it: look at the keys in Gold and in `silver.events` before anything is replaced. `dry_run` only
   reports.
 
+**After an outage of Airflow** that lasted over 00:50 UTC, or for more than `hours` hours, the hours in between are not
+made up for by themselves: trigger it with `from` and `to` around them, else `gold.sessions`, which no stream writes,
+lacks their visits.
+
 **When it fails otherwise**: *no hour … is final*: the range is too young, or the streams are stopped; choose an
 earlier range. *another run holds …*: the next try waits for it. By hand: `make recompute ARGS="--from T --to T"`.
 """

@@ -232,9 +232,10 @@ def tell_failure(context: Any) -> None:
     """The failure callback of every task: one alert for each time that a task begins to fail."""
     task = context["ti"]
     try:
-        # Failures are one story until a run of the DAG succeeds.
+        # By the clock, failures are one story until a run succeeds. Of runs that a person or an asset has started
+        # Airflow does not know what went before: each is told.
         last = context["prev_start_date_success"]
-        since = last.isoformat() if last else "ever"
+        since = last.isoformat() if last else "ever" if context["dag_run"].logical_date else str(task.run_id)
     except Exception:  # told by the DAG processor, after a task's process was lost
         since = str(task.run_id)
     error = str(context.get("exception") or "the task's process ended without a word; see the scheduler's journal")
@@ -298,7 +299,8 @@ def shared(*, deadline: timedelta, **default_args: Any) -> dict[str, Any]:
     """The arguments that all DAGs have. A run that is not done within the deadline after it was queued is told, and is
     ended after twice that time."""
     return {
-        # Every job does all of the work that is left, so a missed run needs no catching up.
+        # Most jobs do all of the work that is left. gold_recompute and daily_report are of a day: their pages say how
+        # to ask for the days of an outage.
         "catchup": False,
         "max_active_runs": 1,
         "dagrun_timeout": 2 * deadline,

@@ -16,9 +16,11 @@ ledger (`silver.ledger`). Its asset starts `gold_recompute`.
 **When it fails**
 
 * *unexplained: TOPIC/PARTITION offset N*: records are missing in Silver, or there twice. The ledger was not advanced.
-  Look at them in Bronze (`spark-sql`: `SELECT * FROM delta.`/var/lib/lake/bronze/clickstream` WHERE offset = N`). If
-  Silver lost them, judge their time again: the DAG `backfill` with `from` and `to` around it. If the ledger itself is
-  wrong, the row is in `silver/ledger`.
+  Look at them in Bronze (`spark-sql`: `SELECT * FROM delta.`/var/lib/lake/bronze/clickstream` WHERE offset = N`) and
+  in `silver/events` and `silver/rejects`; `DESCRIBE HISTORY` of these names the write that did it. Of a record that is
+  there twice, delete all copies (`DELETE FROM delta.`/var/lib/lake/silver/events` WHERE partition = P AND offset = N`):
+  what Silver lacks, the next run judges again from Bronze. If the ledger itself is wrong, the row is in
+  `silver/ledger`.
 * *another run holds …*: a recompute or backfill is at work; the next try waits for it.
 * *No resources*: the Spark master's page shows whether the worker has a free core and the executor's memory.
 

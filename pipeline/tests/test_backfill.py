@@ -122,15 +122,8 @@ def test_a_rule_change_is_shown_swapped_and_taken_back(shop: Shop) -> None:
     again = shop.backfill()
     assert (again.differences, again.relabelled, again.swapped) == (0, 0, False)
 
-    class Later(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return datetime.now(tz) + timedelta(hours=49)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backfill, "datetime", Later)
-        with pytest.raises(JobError, match=r"kept what was before .* --ruleset`"):
-            shop.roll_back()
+    with after_the_retention(), pytest.raises(JobError, match=r"kept what was before .* --ruleset`"):
+        shop.roll_back()
 
     # What comes meanwhile stays.
     shop.send([event(9), b"more rubbish"])
@@ -206,6 +199,20 @@ def test_an_event_outside_the_range_keeps_its_id(shop: Shop) -> None:
 
 
 @contextlib.contextmanager
+def after_the_retention() -> Iterator[None]:
+    """As if the tables' files of before the backfill were gone by now."""
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.now(tz) + timedelta(hours=49)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backfill, "datetime", Later)
+        yield
+
+
+@contextlib.contextmanager
 def full_disk(name: str) -> Iterator[None]:
     """Lets writes to a table fail, and expects that this is not swallowed."""
     replace = Table.replace
@@ -250,6 +257,17 @@ def test_a_run_that_was_interrupted_is_known_and_taken_back(shop: Shop) -> None:
         shop.backfill()
     shop.roll_back()
     assert shop.contents() == before
+
+
+def test_a_run_that_was_interrupted_long_ago_is_closed_by_the_streams_rules(shop: Shop) -> None:
+    before = shop.places(), shop.contents()
+    with full_disk("silver.events"):
+        shop.backfill()
+    assert shop.contents() != before[1]
+    with after_the_retention():
+        assert shop.roll_back().swapped
+    assert (shop.places(), shop.contents()) == before
+    assert shop.backfill().swapped
 
 
 def test_an_offset_that_is_not_exactly_once_in_both_is_refused(shop: Shop) -> None:

@@ -3,8 +3,8 @@
     probe.py FOLDER < CASES
 
 Runs in Airflow's own environment. CASES is a JSON list of runs, {"dag", "type", "after", "params"}, whose tasks'
-arguments are rendered, and of ends of commands, {"code", "said"}; each has an answer: what came out, or the exception's
-name and text.
+arguments are rendered, of ends of commands, {"code", "said"}, of failures, {"failed", "clock", "succeeded"}, and of
+what a webhook answers, {"status"}; each has an answer: what came out, or the exception's name and text.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -112,6 +114,56 @@ def load(file: Path) -> dict[str, Any]:
     }
 
 
+def alert_key(case: dict[str, Any]) -> str:
+    """Under which key a failure is told."""
+    import orchestration
+
+    keys: list[str] = []
+    orchestration.raise_alert = lambda key, *_: keys.append(key)
+    orchestration.tell_failure(
+        {
+            "ti": SimpleNamespace(dag_id="d", task_id="t", run_id=case["failed"], try_number=1),
+            "dag_run": SimpleNamespace(logical_date=datetime(2025, 11, 29, tzinfo=UTC) if case["clock"] else None),
+            "prev_start_date_success": datetime.fromisoformat(case["succeeded"]) if case["succeeded"] else None,
+        }
+    )
+    return " ".join(keys)
+
+
+def posted(status: int) -> str:
+    """Delivers an alert to a webhook that answers so; how often it was asked."""
+    import delivery
+
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append(self.path)
+            self.send_response(status)
+            self.send_header("Location", "/login")
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        os.environ["AIRFLOW_CONN_ALERTS_WEBHOOK"] = json.dumps(
+            {"conn_type": "http", "host": f"http://127.0.0.1:{server.server_port}/hooks/T0"}
+        )
+        try:
+            delivery.to_webhook({"key": "k"}, False)
+        finally:
+            server.shutdown()
+    return " ".join(asked)
+
+
 def answer(case: dict[str, Any]) -> Any:
     """The rendered arguments of each task, or what was raised."""
     try:
@@ -120,6 +172,10 @@ def answer(case: dict[str, Any]) -> Any:
 
             orchestration.conclude(case["code"], case["said"])
             return None
+        if "failed" in case:
+            return alert_key(case)
+        if "status" in case:
+            return posted(case["status"])
         dag = DagBag(str(FOLDER / f"{case['dag']}.py")).dags[case["dag"]]
         run = SimpleNamespace(run_type=case["type"], run_after=datetime.fromisoformat(case["after"]))
         context = {

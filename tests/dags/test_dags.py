@@ -22,6 +22,7 @@ DAGS = {
     "data_quality",
     "gold_recompute",
     "lake_maintenance",
+    "product_alerts",
     "silver_account",
 }
 
@@ -32,6 +33,10 @@ def run(dag: str, kind: str = "manual", after: str = "2025-11-29T12:34:56+00:00"
 
 def end(code: int, said: str) -> dict[str, Any]:
     return {"code": code, "said": said}
+
+
+def failed(run_id: str, clock: bool = False, succeeded: str = "") -> dict[str, Any]:
+    return {"failed": run_id, "clock": clock, "succeeded": succeeded}
 
 
 # A run or the end of a command, and what comes of it: a task with its arguments, nothing, or an error.
@@ -76,7 +81,7 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
         run("backfill", from_="2025-11-01T10:00:01Z", to="2025-11-02T00:00Z"),
         "backfill --from=2025-11-01T10:00:01Z --to=2025-11-02T00:00Z --dry-run",
     ),
-    "a rollback": (run("backfill", dry_run=False, rollback=True), "backfill --rollback"),
+    "a rollback": (run("backfill", rollback=True), "backfill --rollback"),
     "a backfill of the future": (
         run("backfill", from_="2999-01-01T00:00Z"),
         "AirflowFailException: from 2999-01-01T00:00Z is in the future; choose an earlier time",
@@ -100,6 +105,19 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
         end(1, '{"ledger": []}\nclickstream: unexplained: t/0 offset 7\nclickstream: unexplained: t/1 offset 9\n'),
         "AirflowFailException: unexplained: t/0 offset 7\nunexplained: t/1 offset 9",
     ),
+    "failures by the clock are one story": (
+        failed("scheduled__2", clock=True, succeeded="2025-11-29T10:00:00+00:00"),
+        "task:d.t:fails-since:2025-11-29T10:00:00+00:00",
+    ),
+    "also before the first success": (failed("scheduled__2", clock=True), "task:d.t:fails-since:ever"),
+    "each run of an asset is told": (failed("asset_triggered__2"), "task:d.t:fails-since:asset_triggered__2"),
+    "a webhook takes an alert": ({"status": 204}, "/hooks/T0"),
+    "a webhook that redirects has not taken it": (
+        {"status": 302},
+        "AirflowException: the webhook answered 302 Found; write the address that takes the POST itself into "
+        "alerts_webhook",
+    ),
+    "a webhook that is out of order": ({"status": 503}, "AirflowException: 503:Service Unavailable"),
     "a failure is tried again": (end(1, "clickstream: no hour is final\n"), "AirflowException: no hour is final"),
     "a failure without words": (end(137, ""), "AirflowException: the command ended with 137 and said nothing"),
 }
@@ -110,6 +128,7 @@ def probe(folder: Path, scratch: Path, cases: list[dict[str, Any]]) -> dict[str,
         pytest.fail("Airflow's environment is not there: make .cache/airflow-venv/.stamp makes it")
     environment = os.environ | {
         "AIRFLOW_HOME": str(scratch),
+        "AIRFLOW__API__BASE_URL": "http://localhost:8087",
         "AIRFLOW__CORE__LOAD_EXAMPLES": "false",
         "PYTHONDONTWRITEBYTECODE": "1",
     }

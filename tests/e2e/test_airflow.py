@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GIB = 2**30
+# Of the webhook.
+PATH = "hooks/T0C1I2C3K"
 DAEMONS = ("airflow-api-server", "airflow-dag-processor", "airflow-triggerer", "airflow-scheduler")
 DAGS = [
     "airflow_maintenance",
@@ -43,6 +45,7 @@ DAGS = [
     "data_quality",
     "gold_recompute",
     "lake_maintenance",
+    "product_alerts",
     "silver_account",
 ]
 ARTIFACTS = ROOT / "artifacts"
@@ -180,6 +183,7 @@ def test_every_dag_goes_green(platform: Platform, run: Airflow) -> None:
     backfill = green("backfill")
     green("lake_maintenance", vacuum=True)
     green("data_quality")
+    green("product_alerts")
     green("business_alerts")
     green("daily_report", date=today)
     green("airflow_maintenance")
@@ -298,7 +302,7 @@ def test_alerts_reach_every_sink_once_though_one_is_down(platform: Platform, run
     webhook, mailbox = Webhook(), Mailbox()
     connections = json.loads(platform.run("sudo cat /etc/airflow/connections.json"))
     added = {
-        "alerts_webhook": {"conn_type": "http", "host": f"http://{BRIDGE}:{webhook.port}/hooks/clickstream"},
+        "alerts_webhook": {"conn_type": "http", "host": f"http://{BRIDGE}:{webhook.port}/{PATH}"},
         "alerts_smtp": {
             "conn_type": "smtp",
             "host": BRIDGE,
@@ -317,6 +321,8 @@ def test_alerts_reach_every_sink_once_though_one_is_down(platform: Platform, run
         run.reached("business_alerts", first, "deliver", "up_for_retry")
         waiting = platform.mart("SELECT count(*), min(last_error) FROM alerts.deliveries WHERE delivered_at IS NULL")
         assert waiting[0][0] > 0 and "Connection refused" in waiting[0][1]
+        for said in (waiting[0][1], run.log("business_alerts", first, "deliver")):
+            assert PATH not in said, "the path of a webhook is its secret"
         assert mailbox.keys and not webhook.keys, "a sink that is down holds up another"
         webhook.up()
         run.green("business_alerts", first)

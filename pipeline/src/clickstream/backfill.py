@@ -11,6 +11,7 @@ lock of the accounting job, the only other writer there.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import uuid
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +28,7 @@ from clickstream.lake import Table, append_once, locked
 from clickstream.session import spark_session
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from pyspark.sql import DataFrame, SparkSession
 
@@ -363,13 +364,21 @@ def backfill(
         _version(spark, settings, silver.REJECTS),
     )
     served = Rows.served(spark, settings, ranges, entry.events_version, entry.rejects_version)
+    with _judged(spark, settings, ranges, entry.events_version, served) as rows:
+        return _replace(spark, settings, entry, served, rows, (BEGUN, DONE), left_out=left_out, dry_run=dry_run)
+
+
+@contextlib.contextmanager
+def _judged(
+    spark: SparkSession, settings: Settings, ranges: list[Range], events_version: int, served: Rows
+) -> Iterator[Rows]:
+    """What Silver has of the ranges by the settings' rules, from Bronze's bytes."""
     condition = where(ranges)
-    others = silver.EVENTS.read(spark, settings, entry.events_version).where(f"NOT ({condition})")
+    others = silver.EVENTS.read(spark, settings, events_version).where(f"NOT ({condition})")
     archived = bronze.CLICKSTREAM.read(spark, settings).where(condition)
     judged = judge(archived, served.events, others, settings).persist()
     try:
-        rows = Rows.of(judged, settings)
-        return _replace(spark, settings, entry, served, rows, (BEGUN, DONE), left_out=left_out, dry_run=dry_run)
+        yield Rows.of(judged, settings)
     finally:
         judged.unpersist()
 
@@ -408,13 +417,15 @@ def _replace(
 
 def roll_back(spark: SparkSession, settings: Settings, *, dry_run: bool = False) -> Report:
     """Puts back what the latest backfill wrote over, be it done or interrupted. Records outside its ranges, also those
-    that the streams added since, stay as they are. Raises JobError when there is none, or it is too long ago."""
+    that the streams added since, stay as they are. Raises JobError when there is none, or it is too long ago; one that
+    was interrupted too long ago is closed by judging its records again by the settings' rules."""
     _ensure(spark, settings)
     entry = last(spark, settings)
     if entry is None:
         raise JobError("there is no backfill to roll back")
     kept = entry.began + timedelta(hours=settings.retention_hours)
-    if datetime.now(UTC) > kept:
+    gone = datetime.now(UTC) > kept
+    if gone and entry.done:
         raise JobError(
             f"the tables kept what was before the backfill of {entry.began:%Y-%m-%dT%H:%MZ} until "
             f"{kept:%Y-%m-%dT%H:%MZ}; judge the records again instead: "
@@ -422,12 +433,19 @@ def roll_back(spark: SparkSession, settings: Settings, *, dry_run: bool = False)
         )
     now = (_version(spark, settings, silver.EVENTS), _version(spark, settings, silver.REJECTS))
     served = Rows.served(spark, settings, entry.ranges, *now)
-    before = Rows.served(spark, settings, entry.ranges, entry.events_version, entry.rejects_version)
-    if entry.done:
-        return _replace(spark, settings, entry, served, before, (ROLLING_BACK, ROLLED_BACK), dry_run=dry_run)
-    # Between its two commits a record is in both tables or in none: there is nothing sound to compare with.
+    # Between its two commits a record is in both tables or in none: there is nothing sound to compare with. Each table
+    # is of one piece, though, so where what was before is gone, the streams' rules say what is right.
+    if gone:
+        if not dry_run:
+            with _judged(spark, settings, entry.ranges, now[0], served) as rows:
+                entry.swap(spark, settings, rows)
+    else:
+        before = Rows.served(spark, settings, entry.ranges, entry.events_version, entry.rejects_version)
+        if entry.done:
+            return _replace(spark, settings, entry, served, before, (ROLLING_BACK, ROLLED_BACK), dry_run=dry_run)
+        if not dry_run:
+            entry.swap(spark, settings, before)
     if not dry_run:
-        entry.swap(spark, settings, before)
         entry.write(spark, settings, ROLLED_BACK)
     records = sum(r.end - r.start for r in entry.ranges)
     return Report(entry.backfill_id, entry.ruleset_version, entry.ranges, records, [], [], 0, 0, not dry_run, None)
