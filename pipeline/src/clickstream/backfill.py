@@ -433,20 +433,21 @@ def roll_back(spark: SparkSession, settings: Settings, *, dry_run: bool = False)
         )
     now = (_version(spark, settings, silver.EVENTS), _version(spark, settings, silver.REJECTS))
     served = Rows.served(spark, settings, entry.ranges, *now)
-    # Between its two commits a record is in both tables or in none: there is nothing sound to compare with. Each table
-    # is of one piece, though, so where what was before is gone, the streams' rules say what is right.
-    if gone:
-        if not dry_run:
-            with _judged(spark, settings, entry.ranges, now[0], served) as rows:
-                entry.swap(spark, settings, rows)
-    else:
-        before = Rows.served(spark, settings, entry.ranges, entry.events_version, entry.rejects_version)
+    # Where what was before is gone, the streams' rules say what is right: of events, each version is of one piece.
+    restored = (
+        _judged(spark, settings, entry.ranges, now[0], served)
+        if gone
+        else contextlib.nullcontext(
+            Rows.served(spark, settings, entry.ranges, entry.events_version, entry.rejects_version)
+        )
+    )
+    with restored as before:
         if entry.done:
             return _replace(spark, settings, entry, served, before, (ROLLING_BACK, ROLLED_BACK), dry_run=dry_run)
+        # Between its two commits a record is in both tables or in none: there is nothing sound to compare with.
         if not dry_run:
             entry.swap(spark, settings, before)
-    if not dry_run:
-        entry.write(spark, settings, ROLLED_BACK)
+            entry.write(spark, settings, ROLLED_BACK)
     records = sum(r.end - r.start for r in entry.ranges)
     return Report(entry.backfill_id, entry.ruleset_version, entry.ranges, records, [], [], 0, 0, not dry_run, None)
 
