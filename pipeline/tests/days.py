@@ -134,7 +134,7 @@ def simulate(days: int) -> Iterator[Counter[str]]:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="clickstream-days-")))
         clock = Clock(scratch)
         spark, settings = lake_of(stack, scratch, clock)
-        queries = [streams.start_query(spark, settings, name, {}) for name in streams.QUERIES]
+        queries = [streams.start_query(spark, settings, name, {}, lambda _: None) for name in streams.QUERIES]
         records = Faults(Shop(seed=1, clock=clock.now), {"duplicate": 0.03, "malformed": 0.03}, seed=1)
         jvm = spark._jvm
         assert jvm is not None

@@ -24,7 +24,7 @@ COUNTS = """
 def _funnel(unit: str) -> str:
     return f"""
         SELECT date_trunc('{unit}', event_time), date_trunc('{unit}', event_time) + INTERVAL 1 {unit}, product_id,
-               last(product_category ORDER BY event_time, event_id), {COUNTS},
+               last(product_category ORDER BY event_time, product_category), {COUNTS},
                count(DISTINCT user_id), count(DISTINCT session_id), max(event_time)
         FROM event GROUP BY 1, 2, 3"""
 

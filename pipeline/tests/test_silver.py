@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import csv
+import re
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from conftest import CASES, NOW, Silver, Topic, batches, event, full_disk
+from conftest import CASES, KAFKA_COLUMNS, NOW, Silver, Topic, batches, event, full_disk
 from prometheus_client import REGISTRY
+from pyspark.sql import functions as F  # noqa: N812
 
 from clickstream import metrics, silver
+from clickstream.session import batch_clock
 
 if TYPE_CHECKING:
-    from pyspark.sql import SparkSession
+    from pyspark.sql import Column, SparkSession
 
     from clickstream.settings import Settings
 
@@ -227,3 +230,25 @@ def test_a_table_of_an_older_release_gets_its_new_columns(stream: Stream, topic:
         ("evt_00000001", None, None),
         ("evt_00000002", 12, "user_0001/session_1001"),
     ]
+
+
+def test_the_time_of_a_batch_makes_no_other_code(spark: SparkSession, topic: Topic) -> None:
+    """Each batch has its time as a constant; written into generated code it would have Spark compile every batch."""
+    records = spark.createDataFrame(topic.records([event(1)]).rdd, KAFKA_COLUMNS)
+    debug = spark._jvm.org.apache.spark.sql.execution.debug.package  # type: ignore[union-attr]
+
+    def code(clock: Column) -> str:
+        plan = records.select(clock.alias("at"))._jdf.queryExecution().executedPlan()
+        return re.sub(r"#\d+L?", "", str(debug.codegenString(plan)).split("Generated code:")[1])
+
+    compiled = {"spark.sql.codegen.wholeStage": "true", "spark.sql.codegen.factoryMode": "FALLBACK"}
+    before = {name: spark.conf.get(name) for name in compiled}
+    for name, value in compiled.items():
+        spark.conf.set(name, value)
+    try:
+        assert "references" in code(batch_clock())
+        assert code(batch_clock()) == code(batch_clock())
+        assert code(F.current_timestamp()) != code(F.current_timestamp())
+    finally:
+        for name, text in before.items():
+            spark.conf.set(name, text)

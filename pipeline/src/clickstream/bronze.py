@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pyspark.sql import functions as F  # noqa: N812
 
 from clickstream.lake import Table
-from clickstream.session import kafka_stream
+from clickstream.session import batch_clock, kafka_stream
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -39,7 +39,7 @@ def archive(records: DataFrame) -> DataFrame:
         "offset",
         "timestamp",
         F.col("timestampType").alias("timestamp_type"),
-        F.current_timestamp().alias("ingested_at"),
+        batch_clock().alias("ingested_at"),
         "key",
         "value",
         "headers",

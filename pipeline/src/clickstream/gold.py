@@ -19,6 +19,7 @@ from pyspark.sql.types import StructType
 from clickstream import silver
 from clickstream.lake import Table
 from clickstream.marts import Mart, MartWriter
+from clickstream.session import unwritten
 from clickstream.settings import Settings, seconds
 
 if TYPE_CHECKING:
@@ -36,6 +37,14 @@ HOURLY_QUERY = "gold_hourly"
 MINUTE = timedelta(minutes=1)
 HOUR = timedelta(hours=1)
 MONEY = "decimal(22,2)"
+# How Spark computes minutes: a whole stage's code would have the windows in it, and be compiled to run once.
+MINUTES_SQL = {"spark.sql.codegen.wholeStage": "false"}
+# And hours: in tasks that are soon done, because whoever goes first has to wait for the end of one that runs.
+HOURS_SQL = {
+    "spark.sql.files.maxPartitionBytes": "8m",
+    "spark.sql.files.openCostInBytes": "256k",
+    "spark.sql.shuffle.partitions": "8",
+}
 # Windows computed at once: bounds what the driver holds while it catches up.
 CHUNK = 60
 
@@ -105,28 +114,27 @@ def counts() -> list[Column]:
 def product_funnel(events: DataFrame, length: timedelta = MINUTE) -> DataFrame:
     """The funnel of each product in each window, from silver.events. Pure.
 
-    The distinct counts are exact: the users of one product in one minute fit in memory, and sets need one
-    shuffle where count_distinct needs two and an expansion. Longer windows take the latter, which can spill.
+    A product keeps its category; should one ever change, the latest event's name is taken, of several at one moment
+    the greatest. The distinct counts are exact: the users of one product in one minute fit in memory, and sets need
+    one shuffle where count_distinct needs two and an expansion. Longer windows take the latter, which can spill.
     """
+    window = window_start(length).alias("window_start")
+    figures = [*counts(), F.max("event_time").alias("last_event_at")]
+    if length > MINUTE:
+        figures += [F.count_distinct("user_id").alias("users"), F.count_distinct("session_id").alias("sessions")]
+        # Apart, because max_by keeps a string, for which Spark would sort all of the events.
+        names = events.groupBy(window, "product_id", "product_category").agg(F.max("event_time").alias("at"))
+        names = names.groupBy("window_start", "product_id").agg(_latest_name("at"))
+        funnel = events.groupBy(window, "product_id").agg(*figures).join(names, ["window_start", "product_id"])
+    else:
+        sets = (("user_id", "users"), ("session_id", "sessions"))
+        figures += [F.size(F.collect_set(column)).cast("bigint").alias(name) for column, name in sets]
+        funnel = events.groupBy(window, "product_id").agg(_latest_name("event_time"), *figures)
+    return funnel.withColumn("window_end", F.col("window_start") + F.lit(length)).select(*_FUNNEL)
 
-    def distinct(column: str) -> Column:
-        if length > MINUTE:
-            return F.count_distinct(column)
-        return F.size(F.collect_set(column)).cast("bigint")
 
-    return (
-        events.groupBy(window_start(length).alias("window_start"), "product_id")
-        .agg(
-            # A product keeps its category; should one ever change, the latest event's name is taken.
-            F.max_by("product_category", F.struct("event_time", "event_id")).alias("product_category"),
-            *counts(),
-            distinct("user_id").alias("users"),
-            distinct("session_id").alias("sessions"),
-            F.max("event_time").alias("last_event_at"),
-        )
-        .withColumn("window_end", F.col("window_start") + F.lit(length))
-        .select(*_FUNNEL)
-    )
+def _latest_name(moment: str) -> Column:
+    return F.max_by("product_category", F.struct(moment, "product_category")).alias("product_category")
 
 
 def conversion(events: DataFrame, length: timedelta = HOUR) -> DataFrame:
@@ -263,7 +271,7 @@ def in_windows(events: DataFrame, windows: Sequence[datetime], length: timedelta
         F.col("event_date").isin(dates)
         & (F.col("event_time") >= F.lit(min(windows)))
         & (F.col("event_time") < F.lit(max(windows) + length))
-        & window_start(length).isin(list(windows))
+        & F.array_contains(unwritten(*map(F.lit, windows)), window_start(length))
     )
 
 
@@ -293,7 +301,9 @@ class GoldWriter:
         marts: MartWriter | None,
         tables: Sequence[Windowed] = (FUNNEL_1M,),
     ) -> None:
-        self._spark = spark
+        self._spark = spark.newSession()
+        for name, value in (MINUTES_SQL if tables[0].length == MINUTE else HOURS_SQL).items():
+            self._spark.conf.set(name, value)
         self._settings = settings
         self._marts = marts
         self._tables = tables

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F  # noqa: N812
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame
+    from pyspark.sql import Column, DataFrame
 
     from clickstream.settings import Settings
 
@@ -26,11 +28,20 @@ COMMON = {
     "spark.locality.wait": "0s",
 }
 
+# Heaps of this size are collected in little time, and without a concurrent collector's threads on the cores. What was
+# compiled is kept: a batch every few seconds looks unused to the JVM, which would throw its code away and compile it
+# again, on the cores that the batches need. So is room for the classes of generated code, which would else have the
+# whole heap collected again and again.
+_JAVA = "-XX:+UseParallelGC -XX:-UseCodeCacheFlushing -XX:MetaspaceSize=256m"
+
 STREAMS = {
-    # Queries that share an application take turns by task, not by batch.
+    # Queries that share an application take turns by task, not by batch; the file says who goes first.
     "spark.scheduler.mode": "FAIR",
+    "spark.scheduler.allocation.file": Path(__file__).with_name("pools.xml").as_uri(),
     # Batches are small and their plans known: re-planning each one costs more than it saves.
     "spark.sql.adaptive.enabled": "false",
+    # Some minutes of all products fit in memory; with the default of 128 groups they would be sorted on disk.
+    "spark.sql.objectHashAggregate.sortBased.fallbackThreshold": "1000",
     "spark.sql.streaming.stateStore.providerClass": (
         "org.apache.spark.sql.execution.streaming.state.RocksDBStateStoreProvider"
     ),
@@ -38,9 +49,10 @@ STREAMS = {
     f"{_ROCKSDB}.trackTotalNumberOfRows": "false",
     f"{_ROCKSDB}.boundedMemoryUsage": "true",
     f"{_ROCKSDB}.maxMemoryUsageMB": "128",
-    # Heaps of this size are collected in little time, and without a concurrent collector's threads on the cores.
-    "spark.driver.defaultJavaOptions": "-XX:+UseParallelGC",
-    "spark.executor.defaultJavaOptions": "-XX:+UseParallelGC",
+    "spark.driver.defaultJavaOptions": _JAVA,
+    "spark.executor.defaultJavaOptions": _JAVA,
+    # Four queries have more kinds of generated code than the default of 100; what falls out is compiled again.
+    "spark.sql.codegen.cache.maxEntries": "1000",
     # An endless application's event log would grow for ever; its progress is in the status files.
     "spark.eventLog.enabled": "false",
     "spark.ui.retainedJobs": "50",
@@ -80,6 +92,20 @@ def spark_session(settings: Settings, app_name: str, *, streams: bool = False) -
     spark = builder.getOrCreate()
     spark.sparkContext.setLogLevel("WARN")
     return spark
+
+
+def unwritten(*moments: Column) -> Column:
+    """An array of these constants, which Spark hands to generated code instead of writing it into it.
+
+    What differs from batch to batch and is written into the code makes another class of each batch, which is compiled,
+    loaded and run cold.
+    """
+    return F.array(*moments)
+
+
+def batch_clock() -> Column:
+    """The time of the micro-batch, for Kafka's records: `partition % 1` is 0, and not known before there is one."""
+    return F.get(unwritten(F.current_timestamp()), F.col("partition") % 1)
 
 
 def kafka_stream(spark: SparkSession, settings: Settings, *, headers: bool) -> DataFrame:

@@ -14,7 +14,7 @@ from pyspark.sql import functions as F  # noqa: N812
 from clickstream import metrics
 from clickstream.lake import Table, append_once, query_id
 from clickstream.rules import PRICE_TYPE, check
-from clickstream.session import kafka_stream
+from clickstream.session import batch_clock, kafka_stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,7 +70,7 @@ def received(records: DataFrame) -> DataFrame:
         "offset",
         F.col("timestamp").alias("kafka_timestamp"),
         F.col("timestampType").alias("timestamp_type"),
-        F.current_timestamp().alias("received_at"),
+        batch_clock().alias("received_at"),
         "key",
         "value",
     )

@@ -31,6 +31,10 @@ QUERIES = (bronze.QUERY, silver.QUERY, *gold.QUERIES)
 LATER = (gold.HOURLY_QUERY,)
 # The streams that read Kafka show their position as a consumer group of this name.
 GROUP_PREFIX = "ecom-"
+# The hours' query computes whole ones again. After a batch that took some seconds it rests so many times as long, at
+# most REST_SECONDS, so that under load it has a fifth of the cores and the newest minutes the others.
+REST_FACTOR = 4
+REST_SECONDS = 240.0
 # How long a stop waits for the batches that run.
 STOP_SECONDS = 15.0
 # How much longer systemd is asked to wait, again and again, while a first batch runs.
@@ -59,10 +63,28 @@ def _guarded(name: str, write: Callable[[DataFrame, int], None]) -> Callable[[Da
     return guarded
 
 
+def _sparing(write: Callable[[DataFrame, int], None], rest: Callable[[float], Any]) -> Callable[[DataFrame, int], None]:
+    """Has a batch end only when its rest is over, too."""
+
+    def sparing(batch: DataFrame, batch_id: int) -> None:
+        began = time.monotonic()
+        write(batch, batch_id)
+        rest(min(REST_FACTOR * (time.monotonic() - began), REST_SECONDS))
+
+    return sparing
+
+
 def start_query(
-    spark: SparkSession, settings: Settings, name: str, extra: dict[str, Callable[[], Mapping[str, Any]]]
+    spark: SparkSession,
+    settings: Settings,
+    name: str,
+    extra: dict[str, Callable[[], Mapping[str, Any]]],
+    rest: Callable[[float], Any] = time.sleep,
 ) -> StreamingQuery:
-    """A query by its name, with its tables made; `extra` gets what it can say of itself beside Spark's progress."""
+    """A query by its name, with its tables made.
+
+    `extra` gets what it can say of itself beside Spark's progress; `rest` waits so many seconds, or until a stop.
+    """
     # The query's thread inherits the pool, so that no query waits for another's whole batch.
     spark.sparkContext.setLocalProperty("spark.scheduler.pool", name)
     try:
@@ -77,7 +99,8 @@ def start_query(
         tables = gold.QUERIES[name]
         writer = gold.GoldWriter(spark, settings, gold.prepare(spark, settings, tables), tables)
         extra[name] = lambda: {"last_event_at": writer.newest.isoformat() if writer.newest else None}
-        return gold.build(spark, settings, _guarded(name, writer), name).start()
+        write = _guarded(name, writer)
+        return gold.build(spark, settings, _sparing(write, rest) if name in LATER else write, name).start()
     finally:
         spark.sparkContext.setLocalProperty("spark.scheduler.pool", None)  # type: ignore[arg-type]
 
@@ -127,7 +150,7 @@ def run(settings: Settings, names: Sequence[str], metrics_port: int = 0) -> int:
         for name in some:
             if stop.is_set():
                 return
-            queries.append(start_query(spark, settings, name, extra))
+            queries.append(start_query(spark, settings, name, extra, stop.wait))
             log.info("query %s started", name)
 
     later = [name for name in names if name in LATER]
