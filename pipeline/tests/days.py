@@ -120,6 +120,7 @@ def lake_of(stack: ExitStack, scratch: Path, clock: Clock) -> tuple[SparkSession
         watermark="2 minutes",
         max_clock_skew="1 minute",
         **dict.fromkeys(("trigger_bronze", "trigger_silver", "trigger_gold", "trigger_gold_hourly"), "0 seconds"),
+        hourly_percent=100,
         driver_memory="2g",
     )
     spark = spark_session(settings, "days", streams=True)
@@ -134,7 +135,7 @@ def simulate(days: int) -> Iterator[Counter[str]]:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="clickstream-days-")))
         clock = Clock(scratch)
         spark, settings = lake_of(stack, scratch, clock)
-        queries = [streams.start_query(spark, settings, name, {}, lambda _: None) for name in streams.QUERIES]
+        queries = [streams.start_query(spark, settings, name, {}) for name in streams.QUERIES]
         records = Faults(Shop(seed=1, clock=clock.now), {"duplicate": 0.03, "malformed": 0.03}, seed=1)
         jvm = spark._jvm
         assert jvm is not None

@@ -416,6 +416,7 @@ def test_nothing_is_lost_or_doubled_by_kills(
         trigger_silver="500 milliseconds",
         trigger_gold="500 milliseconds",
         trigger_gold_hourly="900 milliseconds",
+        hourly_percent=100,
     )
     streams = Streams(settings, tmp_path / "streams.log")
     feed = Feed(broker, seed)

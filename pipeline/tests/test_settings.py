@@ -43,6 +43,8 @@ def test_a_trailing_slash_makes_no_difference() -> None:
         ("SHUFFLE_PARTITIONS", "0", "1 or more"),
         ("EXECUTOR_MEMORY", "1 GB", "'1g'"),
         ("RULESET_VERSION", "3", "there is no rule set 3; choose one of 1, 2"),
+        ("HOURLY_PERCENT", "0", "1 or more"),
+        ("HOURLY_PERCENT", "101", "choose 1 to 100"),
         ("MART_RETENTION_DAYS", "7", "raise it, or lower CLICKSTREAM_MAX_EVENT_AGE"),
     ],
 )

@@ -362,11 +362,12 @@ class GoldWriter:
         # comes as a batch that touches it.
         horizon = self._newest - self._watermark
         final = {w for w in self._open if w + self._length <= horizon}
-        todo = sorted(touched | final)
-        for start in range(0, len(todo), CHUNK):
-            chunk = todo[start : start + CHUNK]
-            for windowed in self._tables:
-                self.refresh(windowed, chunk, [w for w in chunk if w in final])
+        # The live ones first: whoever looks at the newest window does not wait for the archive of the others.
+        for todo, closing in ((sorted(touched - final), False), (sorted(final), True)):
+            for start in range(0, len(todo), CHUNK):
+                chunk = todo[start : start + CHUNK]
+                for windowed in self._tables:
+                    self.refresh(windowed, chunk, chunk if closing else ())
         self._open -= final
 
     def refresh(self, windowed: Windowed, windows: Sequence[datetime], final: Iterable[datetime]) -> None:

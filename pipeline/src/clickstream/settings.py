@@ -58,6 +58,9 @@ class Settings:
     trigger_silver: str = "3 seconds"
     trigger_gold: str = "1 second"
     trigger_gold_hourly: str = "1 minute"
+    # Each batch of the hours' query computes whole hours again: at most this part of the time, in percent. It rests the
+    # others, so that under load the newest minutes have the processors.
+    hourly_percent: int = 20
     # How late a valid event may come and still be deduplicated and counted by the streams.
     watermark: str = "10 minutes"
     # An event may be this far ahead of Kafka's and our clock, and this far behind Kafka's, to be believed.
@@ -128,6 +131,8 @@ class Settings:
                 f"{self.mart_retention_days} is less than a day more than the age of events, {self.max_event_age}",
                 f"raise it, or lower {PREFIX}MAX_EVENT_AGE",
             )
+        if self.hourly_percent > 100:
+            self._fail("hourly_percent", f"{self.hourly_percent} is more than all of the time", "choose 1 to 100")
         for name in ("executor_memory", "driver_memory", "max_bytes_per_trigger", "compact_target_size"):
             self._check(name, size_bytes)
         for field in fields(self):

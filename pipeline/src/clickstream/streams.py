@@ -31,9 +31,7 @@ QUERIES = (bronze.QUERY, silver.QUERY, *gold.QUERIES)
 LATER = (gold.HOURLY_QUERY,)
 # The streams that read Kafka show their position as a consumer group of this name.
 GROUP_PREFIX = "ecom-"
-# The hours' query computes whole ones again. After a batch that took some seconds it rests so many times as long, at
-# most REST_SECONDS, so that under load it has a fifth of the cores and the newest minutes the others.
-REST_FACTOR = 4
+# The longest that the hours' query rests after a batch.
 REST_SECONDS = 240.0
 # How long a stop waits for the batches that run.
 STOP_SECONDS = 15.0
@@ -63,15 +61,17 @@ def _guarded(name: str, write: Callable[[DataFrame, int], None]) -> Callable[[Da
     return guarded
 
 
-def _sparing(write: Callable[[DataFrame, int], None], rest: Callable[[float], Any]) -> Callable[[DataFrame, int], None]:
-    """Has a batch end only when its rest is over, too."""
+def sparing(
+    write: Callable[[DataFrame, int], None], percent: int, rest: Callable[[float], Any]
+) -> Callable[[DataFrame, int], None]:
+    """A batch that ends when it has rested, at most REST_SECONDS, so that the work is this part of its time."""
 
-    def sparing(batch: DataFrame, batch_id: int) -> None:
+    def spare(batch: DataFrame, batch_id: int) -> None:
         began = time.monotonic()
         write(batch, batch_id)
-        rest(min(REST_FACTOR * (time.monotonic() - began), REST_SECONDS))
+        rest(min((time.monotonic() - began) * (100 / percent - 1), REST_SECONDS))
 
-    return sparing
+    return spare
 
 
 def start_query(
@@ -100,7 +100,9 @@ def start_query(
         writer = gold.GoldWriter(spark, settings, gold.prepare(spark, settings, tables), tables)
         extra[name] = lambda: {"last_event_at": writer.newest.isoformat() if writer.newest else None}
         write = _guarded(name, writer)
-        return gold.build(spark, settings, _sparing(write, rest) if name in LATER else write, name).start()
+        if name in LATER:
+            write = sparing(write, settings.hourly_percent, rest)
+        return gold.build(spark, settings, write, name).start()
     finally:
         spark.sparkContext.setLocalProperty("spark.scheduler.pool", None)  # type: ignore[arg-type]
 

@@ -1,0 +1,32 @@
+"""What the streams' runner does around the queries."""
+
+from __future__ import annotations
+
+import pytest
+
+from clickstream import streams
+
+
+@pytest.mark.parametrize(("work", "percent", "rest"), [(5, 20, 20), (5, 50, 5), (5, 100, 0), (100, 20, 240)])
+def test_the_hours_rest_for_the_minutes(
+    monkeypatch: pytest.MonkeyPatch, work: float, percent: int, rest: float
+) -> None:
+    clock, rests = [0.0], list[float]()
+    monkeypatch.setattr(streams.time, "monotonic", lambda: clock[0])
+
+    def write(_batch: object, _number: int) -> None:
+        clock[0] += work
+
+    streams.sparing(write, percent, rests.append)(None, 0)  # type: ignore[arg-type]
+    assert rests == [pytest.approx(rest)]
+
+
+def test_a_batch_that_failed_does_not_rest() -> None:
+    rests: list[float] = []
+
+    def write(_batch: object, _number: int) -> None:
+        raise RuntimeError("the disk is full")
+
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        streams.sparing(write, 20, rests.append)(None, 0)  # type: ignore[arg-type]
+    assert rests == []
