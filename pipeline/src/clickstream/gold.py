@@ -41,9 +41,9 @@ MONEY = "decimal(22,2)"
 MINUTES_SQL = {"spark.sql.codegen.wholeStage": "false"}
 # And hours: in tasks that are soon done, because whoever goes first has to wait for the end of one that runs.
 HOURS_SQL = {
-    "spark.sql.files.maxPartitionBytes": "8m",
-    "spark.sql.files.openCostInBytes": "256k",
-    "spark.sql.shuffle.partitions": "8",
+    "spark.sql.files.maxPartitionBytes": "16m",
+    "spark.sql.files.openCostInBytes": "128k",
+    "spark.sql.shuffle.partitions": "4",
 }
 # Windows computed at once: bounds what the driver holds while it catches up.
 CHUNK = 60

@@ -32,7 +32,7 @@ LATER = (gold.HOURLY_QUERY,)
 # The streams that read Kafka show their position as a consumer group of this name.
 GROUP_PREFIX = "ecom-"
 # The longest that the hours' query rests after a batch.
-REST_SECONDS = 240.0
+REST_SECONDS = 120.0
 # How long a stop waits for the batches that run.
 STOP_SECONDS = 15.0
 # How much longer systemd is asked to wait, again and again, while a first batch runs.
