@@ -179,16 +179,19 @@ def test_a_crash_between_delta_and_the_mart_is_made_good(shop: Gold, monkeypatch
     shop.append(at(1, "12:00:10"))
     shop.run()
     shop.append(at(2, "12:30:00"))
+    replace_windows = MartWriter.replace_windows
 
-    def crash(*_: Any) -> None:
-        raise RuntimeError("killed")
+    def crash(marts: MartWriter, mart: Any, windows: Any, rows: Any) -> None:
+        if min(windows).minute == 0:
+            raise RuntimeError("killed")
+        replace_windows(marts, mart, windows, rows)
 
     with monkeypatch.context() as patch:
         patch.setattr(MartWriter, "replace_windows", crash)
         with pytest.raises(Exception, match="killed"):
             shop.run()
     assert len(shop.final()) == 1
-    assert shop.flags() == {"12:00": False}
+    assert shop.flags() == {"12:00": False, "12:30": False}
     shop.run()
     shop.check()
 
