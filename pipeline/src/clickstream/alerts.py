@@ -18,8 +18,8 @@ from delta.tables import DeltaTable
 from pyspark.sql import functions as F  # noqa: N812
 
 from clickstream.detector import Detector, Episode, Parameters, parameters
-from clickstream.gold import FUNNEL_1M, utc
-from clickstream.lake import Table, locked, retry_conflicts
+from clickstream.gold import FUNNEL_1M
+from clickstream.lake import Table, locked, retry_conflicts, utc
 from clickstream.marts import EVER, Mart, MartWriter, Part
 from clickstream.session import spark_session
 

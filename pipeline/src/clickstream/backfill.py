@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 from delta.tables import DeltaTable
 from pyspark.sql import functions as F  # noqa: N812
 
-from clickstream import account, bronze, gold, silver
+from clickstream import account, bronze, silver
 from clickstream.account import POSITION
 from clickstream.errors import JobError
-from clickstream.lake import Table, append_once, locked
+from clickstream.lake import Table, append_once, locked, utc
 from clickstream.session import spark_session
 
 if TYPE_CHECKING:
@@ -266,9 +266,7 @@ def _compare(
         both.unpersist()
     hours = None
     if total["earliest"] is not None:
-        start, end = (
-            gold.utc(total[name]).replace(minute=0, second=0, microsecond=0) for name in ("earliest", "latest")
-        )
+        start, end = (utc(total[name]).replace(minute=0, second=0, microsecond=0) for name in ("earliest", "latest"))
         hours = (f"{start:%Y-%m-%dT%H:%MZ}", f"{end + timedelta(hours=1):%Y-%m-%dT%H:%MZ}")
     return lines, first, total["relabelled"], hours
 
@@ -314,7 +312,7 @@ def last(spark: SparkSession, settings: Settings) -> Entry | None:
         return Entry(
             row["backfill_id"],
             DONE in states and ROLLING_BACK not in states,
-            gold.utc(row["at"]),
+            utc(row["at"]),
             row["ruleset_version"],
             [Range(*found) for found in row["ranges"]],
             row["events_version"],

@@ -19,7 +19,7 @@ from pyspark.sql import functions as F  # noqa: N812
 
 from clickstream import account, alerts, backfill, bronze, checks, gold, sessions, silver
 from clickstream.errors import RefusedError
-from clickstream.lake import retry_conflicts
+from clickstream.lake import retry_conflicts, utc
 from clickstream.marts import MartWriter
 from clickstream.session import spark_session
 from clickstream.settings import size_bytes
@@ -109,7 +109,7 @@ def _guard_stream(spark: SparkSession, settings: Settings, query: str, table: Ta
         )
         if appended is None or appended["first"] is None:
             return
-        committed = gold.utc(appended["first"])
+        committed = utc(appended["first"])
     if committed is not None and now - committed < keeps:
         return
     since = f"{committed:%Y-%m-%dT%H:%MZ}" if committed else "before the table's log begins"

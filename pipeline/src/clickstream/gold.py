@@ -1,9 +1,10 @@
 """Gold's windows: the product funnel per minute and per hour, and conversion per hour; live in Postgres marts and
 final in Delta.
 
-Every batch names the windows it touched; those windows are computed again, whole, from silver.events, and
-replaced. So a replay, a duplicate delivery and a correction all end in the same figures, and no figure depends
-on what an earlier batch remembered.
+Every batch names the windows it touched. Those that are final are computed again, whole, from silver.events, and
+replaced, so a replay, a duplicate delivery and a correction all end in the same figures, and no final figure depends on
+what an earlier batch remembered. A live window is what its batches add up to (`live`) as long as that is sure to be
+the same; else it is computed whole, too.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from pyspark.sql import functions as F  # noqa: N812
 from pyspark.sql.types import StructType
 
 from clickstream import silver
-from clickstream.lake import Table
+from clickstream.lake import Table, utc
+from clickstream.live import LiveWindows, Shares, Touched, touched
 from clickstream.marts import Mart, MartWriter
 from clickstream.session import unwritten
 from clickstream.settings import Settings, seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from pyspark.sql import Column, DataFrame, Row, SparkSession
     from pyspark.sql.streaming.readwriter import DataStreamReader, DataStreamWriter
@@ -36,6 +38,7 @@ QUERY = "gold"
 HOURLY_QUERY = "gold_hourly"
 MINUTE = timedelta(minutes=1)
 HOUR = timedelta(hours=1)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MONEY = "decimal(22,2)"
 # How Spark computes minutes: a whole stage's code would have the windows in it, and be compiled to run once.
 MINUTES_SQL = {"spark.sql.codegen.wholeStage": "false"}
@@ -53,14 +56,15 @@ CHUNK = 60
 class Windowed:
     """A Gold table of windows: where it is kept, how long a window is, and what makes its rows.
 
-    `figures` is pure: silver.events to the mart's columns without `is_final`, in their order. Windows begin at whole
-    multiples of `length` since the epoch, so a length divides a day.
+    `figures` is pure: silver.events to the mart's columns without `is_final`, in their order; `shares` makes the same
+    of parts of the events. Windows begin at whole multiples of `length` since the epoch, so a length divides a day.
     """
 
     table: Table
     mart: Mart
     length: timedelta
     figures: Callable[[DataFrame], DataFrame]
+    shares: Shares
 
 
 def window_start(length: timedelta) -> Column:
@@ -137,6 +141,40 @@ def _latest_name(moment: str) -> Column:
     return F.max_by("product_category", F.struct(moment, "product_category")).alias("product_category")
 
 
+def _funnel_shares(events: DataFrame, by: Sequence[Column]) -> DataFrame:
+    return events.groupBy(*by, "product_id").agg(
+        *counts(),
+        F.max(F.struct(F.unix_micros("event_time").alias("at"), "product_category")).alias("latest"),
+        F.collect_set("user_id").alias("users"),
+        F.collect_set("session_id").alias("sessions"),
+        F.max("offset").alias("last_offset"),
+    )
+
+
+def _funnel_figures(values: Mapping[str, Any]) -> dict[str, Any]:
+    micros, category = values["latest"]
+    return {"product_category": category, "last_event_at": EPOCH + timedelta(microseconds=micros)}
+
+
+FUNNEL_SHARES = Shares(
+    of=_funnel_shares,
+    key=("product_id",),
+    sums=("views", "carts", "purchases", "revenue"),
+    greatest=("latest",),
+    sets=("users", "sessions"),
+    figures=_funnel_figures,
+)
+
+
+def _by_dimension(events: DataFrame) -> DataFrame:
+    """Each event once for its category and once for its device."""
+    dimensions = F.array(
+        F.struct(F.lit("category").alias("dimension"), F.col("product_category").alias("value")),
+        F.struct(F.lit("device").alias("dimension"), F.col("device_type").alias("value")),
+    )
+    return events.withColumn("by", F.explode(dimensions))
+
+
 def conversion(events: DataFrame, length: timedelta = HOUR) -> DataFrame:
     """Conversion in each window by category and by device, from silver.events, defined in two ways. Pure.
 
@@ -147,12 +185,8 @@ def conversion(events: DataFrame, length: timedelta = HOUR) -> DataFrame:
       `sessions_converted` when both a view and a purchase are. So a session may count in several windows and
       categories, and one whose view was in another hour does not convert in this one.
     """
-    dimensions = F.array(
-        F.struct(F.lit("category").alias("dimension"), F.col("product_category").alias("value")),
-        F.struct(F.lit("device").alias("dimension"), F.col("device_type").alias("value")),
-    )
     sessions = (
-        events.withColumn("by", F.explode(dimensions))
+        _by_dimension(events)
         .groupBy(window_start(length).alias("window_start"), "by.dimension", "by.value", "user_id", "session_id")
         .agg(*counts())
     )
@@ -170,6 +204,41 @@ def conversion(events: DataFrame, length: timedelta = HOUR) -> DataFrame:
         .withColumn("session_conversion", F.try_divide("sessions_converted", "sessions_with_view"))
         .select(*_CONVERSION)
     )
+
+
+def _conversion_shares(events: DataFrame, by: Sequence[Column]) -> DataFrame:
+    session = F.concat_ws("/", "user_id", "session_id")
+    kind = F.col("event_type")
+    return (
+        _by_dimension(events)
+        .groupBy(*by, "by.dimension", "by.value")
+        .agg(
+            *counts(),
+            F.collect_set(F.when(kind == "view", session)).alias("seen"),
+            F.collect_set(F.when(kind == "purchase", session)).alias("bought"),
+            F.max("offset").alias("last_offset"),
+        )
+    )
+
+
+def _conversion_figures(values: Mapping[str, Any]) -> dict[str, Any]:
+    views, seen, converted = values["views"], len(values["seen"]), len(values["seen"] & values["bought"])
+    return {
+        "sessions_with_view": seen,
+        "sessions_converted": converted,
+        "purchases_per_view": values["purchases"] / views if views else None,
+        "session_conversion": converted / seen if seen else None,
+    }
+
+
+CONVERSION_SHARES = Shares(
+    of=_conversion_shares,
+    key=("dimension", "value"),
+    sums=("views", "carts", "purchases", "revenue"),
+    greatest=(),
+    sets=("seen", "bought"),
+    figures=_conversion_figures,
+)
 
 
 def _funnel(name: str, length: timedelta) -> Windowed:
@@ -212,6 +281,7 @@ def _funnel(name: str, length: timedelta) -> Windowed:
         ),
         length,
         lambda events: product_funnel(events, length),
+        FUNNEL_SHARES,
     )
 
 
@@ -257,6 +327,7 @@ CONVERSION_1H = Windowed(
     ),
     HOUR,
     conversion,
+    CONVERSION_SHARES,
 )
 WINDOWED = (FUNNEL_1M, FUNNEL_1H, CONVERSION_1H)
 # What each query keeps.
@@ -265,19 +336,22 @@ TABLES = tuple(windowed.table for windowed in WINDOWED)
 
 
 def in_windows(events: DataFrame, windows: Sequence[datetime], length: timedelta) -> DataFrame:
-    """The events of these windows. Dates and the outer bounds prune partitions and files; the set is exact."""
+    """The events of these windows, of a table. Dates and the outer bounds prune partitions and files."""
     dates = sorted({w.date() for w in windows})
-    return events.where(
-        F.col("event_date").isin(dates)
-        & (F.col("event_time") >= F.lit(min(windows)))
-        & (F.col("event_time") < F.lit(max(windows) + length))
-        & F.array_contains(unwritten(*map(F.lit, windows)), window_start(length))
+    return among(
+        events.where(
+            F.col("event_date").isin(dates)
+            & (F.col("event_time") >= F.lit(min(windows)))
+            & (F.col("event_time") < F.lit(max(windows) + length))
+        ),
+        windows,
+        length,
     )
 
 
-def utc(moment: datetime) -> datetime:
-    """Spark hands timestamps over in the machine's zone, naive."""
-    return moment.astimezone(UTC)
+def among(events: DataFrame, windows: Iterable[datetime], length: timedelta) -> DataFrame:
+    """The events of these windows."""
+    return events.where(F.array_contains(unwritten(*map(F.lit, windows)), window_start(length)))
 
 
 def in_utc(row: Row) -> tuple[Any, ...]:
@@ -301,30 +375,26 @@ class GoldWriter:
         marts: MartWriter | None,
         tables: Sequence[Windowed] = (FUNNEL_1M,),
     ) -> None:
+        (self._length,) = {windowed.length for windowed in tables}
         self._spark = spark.newSession()
-        for name, value in (MINUTES_SQL if tables[0].length == MINUTE else HOURS_SQL).items():
+        for name, value in (MINUTES_SQL if self._length == MINUTE else HOURS_SQL).items():
             self._spark.conf.set(name, value)
         self._settings = settings
         self._marts = marts
         self._tables = tables
-        (self._length,) = {windowed.length for windowed in tables}
         self._watermark = timedelta(seconds=seconds(settings.watermark))
         self._newest: datetime | None = None
         self._open: set[datetime] | None = None
+        self._live: dict[str, LiveWindows] = {}
 
     @property
     def newest(self) -> datetime | None:
         """The latest event time seen."""
         return self._newest
 
-    def _windows(self, events: DataFrame) -> tuple[set[datetime], datetime | None]:
-        """The windows these events are in, and the latest event time."""
-        windows = (
-            events.groupBy(window_start(self._length).alias("window_start"))
-            .agg(F.max("event_time").alias("newest"))
-            .collect()
-        )
-        return {utc(w["window_start"]) for w in windows}, max((utc(w["newest"]) for w in windows), default=None)
+    @property
+    def _window(self) -> Column:
+        return window_start(self._length)
 
     def recover(self) -> set[datetime]:
         """The windows that are not final in every place: what a crash or an idle shop left unfinished."""
@@ -337,65 +407,100 @@ class GoldWriter:
             day = min(days) - timedelta(days=1)
             events, *finals = (df.where(F.col("event_date") >= F.lit(day)) for df in (events, *finals))
             since = datetime(day.year, day.month, day.day, tzinfo=UTC)
-        known, self._newest = self._windows(events)
+        known = touched(events, self._window)
+        self._newest = max((window.newest for window in known.values()), default=None)
         unfinished: set[datetime] = set()
         for windowed, final in zip(self._tables, finals, strict=True):
-            unfinished |= known - {
+            unfinished |= known.keys() - {
                 utc(row["window_start"]) for row in final.select("window_start").distinct().collect()
             }
             if self._marts is not None:
-                unfinished |= known - self._marts.windows(windowed.mart, final=True, since=since)
+                unfinished |= known.keys() - self._marts.windows(windowed.mart, final=True, since=since)
                 unfinished |= self._marts.windows(windowed.mart, final=False)
+            self._live[windowed.table.name] = LiveWindows(
+                windowed.shares, self._length, self._settings.live_entries, until=max(known, default=None)
+            )
         return unfinished
 
     def __call__(self, batch: DataFrame, batch_id: int) -> None:
-        touched, newest = self._windows(batch)
+        new = touched(batch, self._window)
+        due = set(new)
         if self._open is None:
             self._open = self.recover()
-            touched |= self._open
-        if newest is not None:
+            due |= self._open
+        if new:
+            newest = max(window.newest for window in new.values())
             self._newest = max(newest, self._newest or newest)
         if self._newest is None:
             return
-        self._open |= touched
+        self._open |= due
         # Silver drops what is older than this, so only a correction can still reach such a window, and it
         # comes as a batch that touches it.
         horizon = self._newest - self._watermark
         final = {w for w in self._open if w + self._length <= horizon}
         # The live ones first: whoever looks at the newest window does not wait for the archive of the others.
-        for todo, closing in ((sorted(touched - final), False), (sorted(final), True)):
-            for start in range(0, len(todo), CHUNK):
-                chunk = todo[start : start + CHUNK]
-                for windowed in self._tables:
-                    self.refresh(windowed, chunk, chunk if closing else ())
+        for windowed in self._tables:
+            followed = self._follow(windowed, batch, {w: new[w] for w in new.keys() - final})
+            self._refresh(windowed, due - final - followed, final=False)
+        for windowed in self._tables:
+            self._refresh(windowed, final, final=True)
         self._open -= final
 
-    def refresh(self, windowed: Windowed, windows: Sequence[datetime], final: Iterable[datetime]) -> None:
+    def _follow(self, windowed: Windowed, batch: DataFrame, new: Mapping[datetime, Touched]) -> set[datetime]:
+        """Adds the batch to the live windows it goes on with, and writes them; which these are."""
+        live = self._live[windowed.table.name]
+        windows = {w for w, batch_of in new.items() if live.follows(w, batch_of)}
+        if sum(new[w].events for w in windows) > self._settings.live_entries:
+            # As much as a batch may bring that goes over much of history.
+            return set()
+        if windows:
+            live.add(windowed.shares.rows(among(batch, windows, self._length), self._window))
+            self._serve(windowed, live, windows)
+        return windows
+
+    def _serve(self, windowed: Windowed, live: LiveWindows, windows: Iterable[datetime]) -> None:
+        """Writes followed windows to the mart."""
+        if self._marts is not None:
+            windows = sorted(windows)
+            columns = windowed.mart.columns[:-1]
+            rows = [(*(row[name] for name in columns), False) for window in windows for row in live.rows(window)]
+            self._marts.replace_windows(windowed.mart, windows, rows)
+        live.trim()
+
+    def _refresh(self, windowed: Windowed, windows: Iterable[datetime], *, final: bool) -> None:
+        """Takes these windows whole from silver.events and replaces them."""
+        todo = sorted(windows)
+        if not todo:
+            return
+        live = self._live[windowed.table.name]
+        for window in todo:
+            live.forget(window)
+        if not final:
+            events = self._events(todo)
+            if sum(window.events for window in touched(events, self._window).values()) <= self._settings.live_entries:
+                live.add(windowed.shares.rows(events, self._window))
+                self._serve(windowed, live, todo)
+                return
+        for start in range(0, len(todo), CHUNK):
+            self._compute(windowed, todo[start : start + CHUNK], final=final)
+
+    def _events(self, windows: Sequence[datetime]) -> DataFrame:
+        return in_windows(silver.EVENTS.read(self._spark, self._settings), windows, self._length)
+
+    def _compute(self, windowed: Windowed, windows: Sequence[datetime], *, final: bool) -> None:
         """Computes these windows and replaces them: final ones in Delta, then all in the mart.
 
         In this order a crash in between leaves the window not final in the mart, so it is done again.
         """
-        final = set(final)
-        events = in_windows(silver.EVENTS.read(self._spark, self._settings), windows, windowed.length)
-        rows = windowed.figures(events).collect()
+        rows = [in_utc(row) for row in windowed.figures(self._events(windows)).collect()]
         if final:
-            self._replace_final(
-                windowed.table, [row for row in rows if utc(row["window_start"]) in final], sorted(final)
-            )
+            self._archive(windowed.table, rows, windows)
         if self._marts is not None:
-            self._marts.replace_windows(
-                windowed.mart,
-                windows,
-                [(*in_utc(row), utc(row["window_start"]) in final) for row in rows],
-            )
+            self._marts.replace_windows(windowed.mart, windows, [(*row, final) for row in rows])
 
-    def _replace_final(self, table: Table, rows: list[Row], windows: Sequence[datetime]) -> None:
+    def _archive(self, table: Table, rows: list[tuple[Any, ...]], windows: Sequence[datetime]) -> None:
         figures = StructType(table.schema.fields[:-1])
-        df = (
-            self._spark.createDataFrame([in_utc(row) for row in rows], figures)
-            .withColumn("event_date", F.to_date("window_start"))
-            .coalesce(1)
-        )
+        df = self._spark.createDataFrame(rows, figures).withColumn("event_date", F.to_date("window_start")).coalesce(1)
         listed = ", ".join(map(timestamp, windows))
         dates = ", ".join(sorted({f"DATE '{w:%Y-%m-%d}'" for w in windows}))
         table.replace(df, self._settings, f"event_date IN ({dates}) AND window_start IN ({listed})")
@@ -433,7 +538,6 @@ def build(
         stream, trigger = stream.option("maxBytesPerTrigger", settings.max_bytes_per_trigger), settings.trigger_gold
     return (
         stream.load(settings.table(silver.EVENTS.name))
-        .select("event_time")
         .writeStream.queryName(query)
         .foreachBatch(write)
         .outputMode("append")

@@ -9,6 +9,7 @@ import threading
 import time
 import uuid
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from delta.exceptions import (
@@ -105,6 +106,11 @@ class Table:
         """Makes the table hold exactly `rows` where the condition is true, in one commit."""
         path = settings.table(self.name)
         retry_conflicts(lambda: rows.write.format("delta").mode("overwrite").option("replaceWhere", where).save(path))
+
+
+def utc(moment: datetime) -> datetime:
+    """Spark hands timestamps over in the machine's zone, naive."""
+    return moment.astimezone(UTC)
 
 
 def retry_conflicts(action: Callable[[], T], attempts: int = 6) -> T:

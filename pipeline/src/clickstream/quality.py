@@ -22,6 +22,7 @@ from pyspark.sql import functions as F  # noqa: N812
 
 from clickstream import bronze, checks, gold, sessions, silver
 from clickstream.checks import FAIL, Check
+from clickstream.lake import utc
 from clickstream.limits import QualityLimits
 from clickstream.marts import MartWriter
 from clickstream.session import spark_session
@@ -91,7 +92,7 @@ class Lake:
         if found is None or found["day"] is None:
             return None
         value = rows.where(F.col(day) == F.lit(found["day"])).agg(pick(column).alias("value")).first()
-        return gold.utc(value["value"]) if value and value["value"] else None
+        return utc(value["value"]) if value and value["value"] else None
 
     @property
     def _allowed(self) -> timedelta:

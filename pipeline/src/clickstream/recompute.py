@@ -26,7 +26,7 @@ from pyspark.sql import functions as F  # noqa: N812
 
 from clickstream import account, gold, sessions, silver
 from clickstream.errors import JobError
-from clickstream.lake import Table, locked
+from clickstream.lake import Table, locked, utc
 from clickstream.marts import NAMED, Difference, Mart, MartWriter, Part
 from clickstream.session import spark_session
 from clickstream.settings import seconds
@@ -184,7 +184,7 @@ def horizon(spark: SparkSession, settings: Settings) -> datetime:
         raise JobError(f"silver.events has no events in {settings.lake_uri}; is it the lake?")
     newest = events.where(F.col("event_date") == F.lit(day["day"])).agg(F.max("event_time").alias("newest")).first()
     assert newest is not None
-    behind = gold.utc(newest["newest"]) - timedelta(seconds=seconds(settings.watermark))
+    behind = utc(newest["newest"]) - timedelta(seconds=seconds(settings.watermark))
     reached = account.watermark(spark, settings, silver.QUERY)
     return behind if reached is None else min(behind, reached)
 

@@ -1,0 +1,147 @@
+"""Live windows, kept up in the driver: what the events of an open window add up to, batch by batch.
+
+A window's figures are sums, greatest values and sets over its events, so those of a batch can be added to what is known
+of the window without reading the window again. What must not happen is to add an event twice: the table may show a
+window's events before the stream brings them. So for each window and partition the greatest offset that was added is
+kept. An event beyond it was not added yet, whatever order events come in; one that is not beyond it may have been, and
+the window is then taken up anew, whole, from the table. Nothing here is needed after a stop: it is a cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from sys import intern
+from typing import TYPE_CHECKING, Any
+
+from pyspark.sql import functions as F  # noqa: N812
+
+from clickstream.lake import utc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from datetime import datetime, timedelta
+
+    from pyspark.sql import Column, DataFrame, Row
+
+Partition = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How the figures of a group of a window (a product's, a device's) are made of those of parts of its events.
+
+    `of` is given events, and how to group them; each of its rows has the columns of `key`, and those of `sums`,
+    `greatest` and `sets`, which add up as their names say. `figures` is given a group's values, with those sets, and
+    has those columns of the mart that are not the key, a sum or the size of a set.
+    """
+
+    of: Callable[[DataFrame, Sequence[Column]], DataFrame]
+    key: tuple[str, ...]
+    sums: tuple[str, ...]
+    greatest: tuple[str, ...]
+    sets: tuple[str, ...]
+    figures: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+    def rows(self, events: DataFrame, window: Column) -> list[Row]:
+        """The groups' shares of these events, by partition, with the greatest offset of each."""
+        return self.of(events, [window.alias("window_start"), F.col("topic"), F.col("partition")]).collect()
+
+
+@dataclass(frozen=True)
+class Touched:
+    """What a batch has of a window."""
+
+    events: int
+    newest: datetime
+    # The least offset in each partition.
+    first: dict[Partition, int]
+
+
+def touched(events: DataFrame, window: Column) -> dict[datetime, Touched]:
+    """The windows of these events."""
+    rows = (
+        events.groupBy(window.alias("window_start"), "topic", "partition")
+        .agg(F.count("*").alias("events"), F.max("event_time").alias("newest"), F.min("offset").alias("first"))
+        .collect()
+    )
+    found: dict[datetime, Touched] = {}
+    for row in rows:
+        start, newest = utc(row["window_start"]), utc(row["newest"])
+        other = found.get(start) or Touched(0, newest, {})
+        first = other.first | {(row["topic"], row["partition"]): row["first"]}
+        found[start] = Touched(other.events + row["events"], max(other.newest, newest), first)
+    return found
+
+
+@dataclass
+class _Window:
+    """Values by group, and the greatest offset of each partition among the events they are of."""
+
+    groups: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)
+    last: dict[Partition, int] = field(default_factory=dict)
+
+    @property
+    def entries(self) -> int:
+        return sum(len(v) for values in self.groups.values() for v in values.values() if isinstance(v, set))
+
+
+class LiveWindows:
+    """The windows of a table that are followed, in at most so many entries of their sets: about 100 bytes each.
+
+    `until` is the last window of which the table may have events that no batch of this process brought.
+    """
+
+    def __init__(self, shares: Shares, length: timedelta, limit: int, until: datetime | None) -> None:
+        self._shares, self._length, self._limit, self._until = shares, length, limit, until
+        self._windows: dict[datetime, _Window] = {}
+
+    def follows(self, start: datetime, batch: Touched) -> bool:
+        """Whether what the batch has of a window is all new, and what came before it is known here."""
+        window = self._windows.get(start)
+        if window is None:
+            return self._until is None or start > self._until
+        return all(offset > window.last.get(partition, -1) for partition, offset in batch.first.items())
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Adds shares to their windows."""
+        shares = self._shares
+        for row in rows:
+            window = self._windows.setdefault(utc(row["window_start"]), _Window())
+            partition = row["topic"], row["partition"]
+            window.last[partition] = max(window.last.get(partition, -1), row["last_offset"])
+            values = window.groups.setdefault(tuple(row[name] for name in shares.key), {})
+            for name in shares.sums:
+                values[name] = values[name] + row[name] if name in values else row[name]
+            for name in shares.greatest:
+                values[name] = max(values[name], row[name]) if name in values else row[name]
+            for name in shares.sets:
+                # A visitor is in the sets of many groups.
+                values.setdefault(name, set()).update(map(intern, row[name]))
+
+    def rows(self, start: datetime) -> list[dict[str, Any]]:
+        """A followed window's figures, by column of the mart."""
+        bounds = {"window_start": start, "window_end": start + self._length}
+        return [
+            {
+                **bounds,
+                **dict(zip(self._shares.key, key, strict=True)),
+                **{name: values[name] for name in self._shares.sums},
+                **{name: len(values[name]) for name in self._shares.sets},
+                **self._shares.figures(values),
+            }
+            for key, values in self._windows[start].groups.items()
+        ]
+
+    def forget(self, start: datetime) -> None:
+        """Follows a window no longer: should it be touched again, it is not new."""
+        self._windows.pop(start, None)
+        self._until = max(self._until or start, start)
+
+    def trim(self) -> None:
+        """Forgets the oldest windows until the others fit."""
+        entries = {start: window.entries for start, window in self._windows.items()}
+        for start in sorted(entries):
+            if sum(entries.values()) <= self._limit:
+                return
+            del entries[start]
+            self.forget(start)
