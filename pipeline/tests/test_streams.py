@@ -7,7 +7,7 @@ import pytest
 from clickstream import streams
 
 
-@pytest.mark.parametrize(("work", "percent", "rest"), [(5, 20, 20), (5, 50, 5), (5, 100, 0), (100, 20, 120)])
+@pytest.mark.parametrize(("work", "percent", "rest"), [(5, 20, 20), (5, 50, 5), (5, 100, 0), (300, 20, 600)])
 def test_the_hours_rest_for_the_minutes(
     monkeypatch: pytest.MonkeyPatch, work: float, percent: int, rest: float
 ) -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 import queue
 import threading
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +110,8 @@ def _json(text: str | None) -> Any:
 class ProgressListener(StreamingQueryListener):
     """Keeps STATUS_DIR/<query>.json current.
 
-    `seen_at` moves whenever the query shows it is alive, also when idle; `batch_at` only with a batch.
+    `seen_at` moves whenever the query shows it is alive, also when idle; `batch_at` only with a batch. Until
+    `rests_until` it is silent because it gives way to others.
     """
 
     def __init__(
@@ -138,6 +139,11 @@ class ProgressListener(StreamingQueryListener):
                 write_atomically(self._dir / f"{name}.json", status)
             except OSError as error:
                 log.warning("the status of %s cannot be written: %s", name, error)
+
+    def rests(self, name: str, seconds: float) -> None:
+        """A query says that it will do nothing for a while."""
+        until = datetime.now(UTC) + timedelta(seconds=seconds)
+        self._write(name, rests_until=until.isoformat(timespec="milliseconds"))
 
     def onQueryStarted(self, event: QueryStartedEvent) -> None:  # noqa: N802
         name = event.name or str(event.id)

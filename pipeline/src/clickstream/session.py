@@ -86,6 +86,8 @@ def spark_session(settings: Settings, app_name: str, *, streams: bool = False) -
         config["spark.sql.streaming.minBatchesToRetain"] = str(settings.checkpoint_batches)
     elif not settings.spark_master.startswith("local"):
         config |= BOUNDED
+        if settings.batch_java_home:
+            config["spark.executorEnv.JAVA_HOME"] = settings.batch_java_home
     builder = SparkSession.builder.appName(app_name).master(settings.spark_master)
     for key, value in config.items():
         builder = builder.config(key, value)

@@ -79,6 +79,8 @@ class Settings:
     shuffle_partitions: int = 2
     executor_memory: str = "1g"
     driver_memory: str = "768m"
+    # Where the nodes have a Java that gives way to others, for the executors of bounded jobs; empty is the usual one.
+    batch_java_home: str = ""
     # A batch of this many rows or fewer becomes one file; a larger one is written by all cores.
     rows_per_file: int = 100_000
     # Batches that a checkpoint keeps; also how far a query can be taken back by hand.

@@ -32,7 +32,7 @@ LATER = (gold.HOURLY_QUERY,)
 # The streams that read Kafka show their position as a consumer group of this name.
 GROUP_PREFIX = "ecom-"
 # The longest that the hours' query rests after a batch.
-REST_SECONDS = 120.0
+REST_SECONDS = 600.0
 # How long a stop waits for the batches that run.
 STOP_SECONDS = 15.0
 # How much longer systemd is asked to wait, again and again, while a first batch runs.
@@ -152,7 +152,12 @@ def run(settings: Settings, names: Sequence[str], metrics_port: int = 0) -> int:
         for name in some:
             if stop.is_set():
                 return
-            queries.append(start_query(spark, settings, name, extra, stop.wait))
+
+            def rest(seconds: float, name: str = name) -> None:
+                listener.rests(name, seconds)
+                stop.wait(seconds)
+
+            queries.append(start_query(spark, settings, name, extra, rest))
             log.info("query %s started", name)
 
     later = [name for name in names if name in LATER]
