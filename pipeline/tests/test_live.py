@@ -51,7 +51,7 @@ def shares_of(events: Iterable[Event]) -> list[Any]:
             },
         )
         row["events"] += 1
-        row["users"] = [*{*row["users"], user}]
+        row["users"] = [*{*row["users"], hash(user)}]
         row["last_offset"] = row["latest"] = max(row["last_offset"], offset)
     return list(rows.values())
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pyspark.sql import functions as F  # noqa: N812
 from pyspark.sql.types import StructType
 
@@ -48,8 +49,9 @@ HOURS_SQL = {
     "spark.sql.files.openCostInBytes": "128k",
     "spark.sql.shuffle.partitions": "4",
 }
-# Windows computed at once: bounds what the driver holds while it catches up.
+# Windows computed at once, and events added to live windows at once: bounds what the driver holds while it catches up.
 CHUNK = 60
+ADDED = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,8 @@ def _funnel_shares(events: DataFrame, by: Sequence[Column]) -> DataFrame:
     return events.groupBy(*by, "product_id").agg(
         *counts(),
         F.max(F.struct(F.unix_micros("event_time").alias("at"), "product_category")).alias("latest"),
-        F.collect_set("user_id").alias("users"),
-        F.collect_set("session_id").alias("sessions"),
+        F.collect_set(F.xxhash64("user_id")).alias("users"),
+        F.collect_set(F.xxhash64("session_id")).alias("sessions"),
         F.max("offset").alias("last_offset"),
     )
 
@@ -207,7 +209,7 @@ def conversion(events: DataFrame, length: timedelta = HOUR) -> DataFrame:
 
 
 def _conversion_shares(events: DataFrame, by: Sequence[Column]) -> DataFrame:
-    session = F.concat_ws("/", "user_id", "session_id")
+    session = F.xxhash64("user_id", "session_id")
     kind = F.col("event_type")
     return (
         _by_dimension(events)
@@ -222,7 +224,11 @@ def _conversion_shares(events: DataFrame, by: Sequence[Column]) -> DataFrame:
 
 
 def _conversion_figures(values: Mapping[str, Any]) -> dict[str, Any]:
-    views, seen, converted = values["views"], len(values["seen"]), len(values["seen"] & values["bought"])
+    views, seen, converted = (
+        values["views"],
+        len(values["seen"]),
+        len(np.intersect1d(values["seen"], values["bought"], assume_unique=True)),
+    )
     return {
         "sessions_with_view": seen,
         "sessions_converted": converted,
@@ -450,8 +456,7 @@ class GoldWriter:
         """Adds the batch to the live windows it goes on with, and writes them; which these are."""
         live = self._live[windowed.table.name]
         windows = {w for w, batch_of in new.items() if live.follows(w, batch_of)}
-        if sum(new[w].events for w in windows) > self._settings.live_entries:
-            # As much as a batch may bring that goes over much of history.
+        if sum(new[w].events for w in windows) > ADDED:
             return set()
         if windows:
             live.add(windowed.shares.rows(among(batch, windows, self._length), self._window))
@@ -477,7 +482,7 @@ class GoldWriter:
             live.forget(window)
         if not final:
             events = self._events(todo)
-            if sum(window.events for window in touched(events, self._window).values()) <= self._settings.live_entries:
+            if sum(window.events for window in touched(events, self._window).values()) <= ADDED:
                 live.add(windowed.shares.rows(events, self._window))
                 self._serve(windowed, live, todo)
                 return

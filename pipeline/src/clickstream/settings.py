@@ -72,9 +72,9 @@ class Settings:
     max_offsets_per_trigger: int = 200_000
     # Gold reads at most this much of Silver a batch; it bounds a catch-up after a long stop.
     max_bytes_per_trigger: str = "64m"
-    # What Gold keeps of live windows in the driver: so many visitors and sessions of products, about 100 bytes each, of
-    # minutes and as many of hours. Windows with more are computed whole at each batch.
-    live_entries: int = 1_000_000
+    # So many visitors and sessions of products are kept of each Gold table's live windows in the driver, 8 bytes each;
+    # windows with more are computed whole at each batch.
+    live_entries: int = 8_000_000
     spark_cores_max: int = 2
     shuffle_partitions: int = 2
     executor_memory: str = "1g"
