@@ -60,9 +60,9 @@ def touched_of(events: Iterable[Event]) -> dict[datetime, Touched]:
     found: dict[datetime, Touched] = {}
     for minute, partition, offset, _, _ in events:
         start = START + minute * MINUTE
-        window = found.setdefault(start, Touched(0, start, {}))
+        window = found.setdefault(start, Touched(0, start, {}, {}))
         first = window.first | {(TOPIC, partition): min(offset, window.first.get((TOPIC, partition), offset))}
-        found[start] = Touched(window.events + 1, start, first)
+        found[start] = Touched(window.events + 1, start, first, {})
     return found
 
 
@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_forgotten_oldest_first() -> None:
     for number, minute in enumerate((0, 1, 2)):
         live.add(shares_of([(minute, 0, 2 * number, "a", "u1"), (minute, 0, 2 * number + 1, "a", "u2")]))
     live.trim()
-    new = Touched(1, START, {(TOPIC, 0): 99})
+    new = Touched(1, START, {(TOPIC, 0): 99}, {})
     assert [live.follows(START + minute * MINUTE, new) for minute in range(4)] == [False, False, True, True]
 
 
@@ -199,4 +199,23 @@ def test_the_table_may_be_ahead_of_the_stream(spark: SparkSession, settings: Set
             del pending[: len(taken)]
             events = silver.EVENTS.read(spark, shop.settings)
             writer(events.where(F.col("offset").between(taken[0][0], taken[-1][1] - 1)), commit)
+    shop.check()
+
+
+def test_a_window_that_was_taken_up_is_followed_from_then_on(
+    spark: SparkSession, settings: Settings, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the table is always ahead of the stream."""
+    shop = Gold(spark, settings, dsn)
+    writer = gold.GoldWriter(spark, shop.settings, shop.marts, shop.tables)
+    whole: list[int] = []
+    events_of = writer._events
+    monkeypatch.setattr(writer, "_events", lambda windows: (whole.append(number), events_of(windows))[1])
+    for number in range(5):
+        shop.append(at(number, f"12:00:{number:02d}", user_id=f"user_000{number}"))
+        if number:  # the commit before this one
+            writer(silver.EVENTS.read(spark, shop.settings).where(F.col("offset") == number - 1), number)
+    # At the start, and when the stream brought what the table had then.
+    assert whole == [1, 2]
+    writer(silver.EVENTS.read(spark, shop.settings).where(F.col("offset") == 4), 5)
     shop.check()

@@ -20,7 +20,7 @@ from pyspark.sql.types import StructType
 
 from clickstream import silver
 from clickstream.lake import Table, utc
-from clickstream.live import LiveWindows, Shares, Touched, touched
+from clickstream.live import LiveWindows, Partition, Shares, Touched, touched, up_to
 from clickstream.marts import Mart, MartWriter
 from clickstream.session import unwritten
 from clickstream.settings import Settings, seconds
@@ -392,6 +392,8 @@ class GoldWriter:
         self._newest: datetime | None = None
         self._open: set[datetime] | None = None
         self._live: dict[str, LiveWindows] = {}
+        # The greatest offsets that the stream may have brought: beyond them is what it will bring.
+        self._brought: dict[Partition, int] = {}
 
     @property
     def newest(self) -> datetime | None:
@@ -415,6 +417,7 @@ class GoldWriter:
             since = datetime(day.year, day.month, day.day, tzinfo=UTC)
         known = touched(events, self._window)
         self._newest = max((window.newest for window in known.values()), default=None)
+        self._bring(known)
         unfinished: set[datetime] = set()
         for windowed, final in zip(self._tables, finals, strict=True):
             unfinished |= known.keys() - {
@@ -428,12 +431,18 @@ class GoldWriter:
             )
         return unfinished
 
+    def _bring(self, windows: Mapping[datetime, Touched]) -> None:
+        for window in windows.values():
+            for partition, offset in window.last.items():
+                self._brought[partition] = max(offset, self._brought.get(partition, offset))
+
     def __call__(self, batch: DataFrame, batch_id: int) -> None:
         new = touched(batch, self._window)
         due = set(new)
         if self._open is None:
             self._open = self.recover()
             due |= self._open
+        self._bring(new)
         if new:
             newest = max(window.newest for window in new.values())
             self._newest = max(newest, self._newest or newest)
@@ -481,7 +490,8 @@ class GoldWriter:
         for window in todo:
             live.forget(window)
         if not final:
-            events = self._events(todo)
+            # What the stream has yet to bring is left to it: taken up now, its window would be taken up again.
+            events = up_to(self._events(todo), self._brought)
             if sum(window.events for window in touched(events, self._window).values()) <= ADDED:
                 live.add(windowed.shares.rows(events, self._window))
                 self._serve(windowed, live, todo)

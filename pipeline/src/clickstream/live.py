@@ -53,28 +53,47 @@ class Shares:
 
 @dataclass(frozen=True)
 class Touched:
-    """What a batch has of a window."""
+    """What a batch has of a window; the least and the greatest offset by partition."""
 
     events: int
     newest: datetime
-    # The least offset in each partition.
     first: dict[Partition, int]
+    last: dict[Partition, int]
 
 
 def touched(events: DataFrame, window: Column) -> dict[datetime, Touched]:
     """The windows of these events."""
     rows = (
         events.groupBy(window.alias("window_start"), "topic", "partition")
-        .agg(F.count("*").alias("events"), F.max("event_time").alias("newest"), F.min("offset").alias("first"))
+        .agg(
+            F.count("*").alias("events"),
+            F.max("event_time").alias("newest"),
+            F.min("offset").alias("first"),
+            F.max("offset").alias("last"),
+        )
         .collect()
     )
     found: dict[datetime, Touched] = {}
     for row in rows:
         start, newest = utc(row["window_start"]), utc(row["newest"])
-        other = found.get(start) or Touched(0, newest, {})
-        first = other.first | {(row["topic"], row["partition"]): row["first"]}
-        found[start] = Touched(other.events + row["events"], max(other.newest, newest), first)
+        other = found.get(start) or Touched(0, newest, {}, {})
+        partition = row["topic"], row["partition"]
+        found[start] = Touched(
+            other.events + row["events"],
+            max(other.newest, newest),
+            other.first | {partition: row["first"]},
+            other.last | {partition: row["last"]},
+        )
     return found
+
+
+def up_to(events: DataFrame, last: Mapping[Partition, int]) -> DataFrame:
+    """These events without those beyond the greatest offsets of partitions; of others all of them."""
+    for (topic, partition), offset in last.items():
+        events = events.where(
+            (F.col("offset") <= offset) | (F.col("partition") != partition) | (F.col("topic") != topic)
+        )
+    return events
 
 
 @dataclass
