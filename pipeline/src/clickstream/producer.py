@@ -44,6 +44,8 @@ log = logging.getLogger("ecom-producer")
 GIVE_UP_SECONDS = 60.0
 PROGRESS_SECONDS = 5.0
 TOLD_WAIT_SECONDS = 60.0
+# The shortest wait for the next event.
+SHORTEST_WAIT_SECONDS = 0.002
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,7 +330,8 @@ def produce(options: Options, sender: Sender, stop: threading.Event) -> bool:
         delay = pacer.delay(due)
         if delay > TOLD_WAIT_SECONDS:
             log.warning("the next event is due in %.0f s, at %s", delay, iso_millis(pacer.at(due)))
-        if (delay and stop.wait(delay)) or stop.is_set():
+        # Shorter waits than this cost more than they are worth: what is due meanwhile follows at once.
+        if (delay and stop.wait(max(delay, SHORTEST_WAIT_SECONDS))) or stop.is_set():
             break
         sender.wait_for_room(watchdog)
         if not sender.send(records):

@@ -40,6 +40,8 @@ STREAMS = {
     "spark.scheduler.allocation.file": Path(__file__).with_name("pools.xml").as_uri(),
     # Batches are small and their plans known: re-planning each one costs more than it saves.
     "spark.sql.adaptive.enabled": "false",
+    # A batch is kept for a second, to be written to two tables.
+    "spark.sql.inMemoryColumnarStorage.compressed": "false",
     # Some minutes of all products fit in memory; with the default of 128 groups they would be sorted on disk.
     "spark.sql.objectHashAggregate.sortBased.fallbackThreshold": "1000",
     "spark.sql.streaming.stateStore.providerClass": (

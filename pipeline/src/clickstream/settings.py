@@ -82,7 +82,7 @@ class Settings:
     # Where the nodes have a Java that gives way to others, for the executors of bounded jobs; empty is the usual one.
     batch_java_home: str = ""
     # A batch of this many rows or fewer becomes one file; a larger one is written by all cores.
-    rows_per_file: int = 100_000
+    rows_per_file: int = 20_000
     # Batches that a checkpoint keeps; also how far a query can be taken back by hand.
     checkpoint_batches: int = 20
 
