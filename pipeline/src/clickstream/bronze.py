@@ -27,6 +27,7 @@ CLICKSTREAM = Table(
     """,
     # By our own clock: a record's timestamp is the producer's word and could name any year.
     partition_by=("ingest_date",),
+    pruned_by=("partition", "offset", "timestamp", "ingested_at"),
 )
 TABLES = (CLICKSTREAM,)
 

@@ -485,7 +485,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "latency":
         from clickstream import latency
 
-        result = latency.measure(settings, args.seconds)
+        try:
+            result = latency.measure(settings, args.seconds)
+        except JobError as error:
+            print(f"clickstream: {error}", file=sys.stderr)
+            return 1
         print(json.dumps(result)) if args.json else _print_table([result])
         return 1 if result["missing"] else 0
     if args.command == "report" and not (args.output or settings.report_dir):

@@ -50,11 +50,16 @@ CONFLICTS = (
 
 @dataclass(frozen=True)
 class Table:
-    """A table's name, columns and partitioning: the only place that says what is in it."""
+    """A table's name, columns and partitioning: the only place that says what is in it.
+
+    `pruned_by` are the columns whose least and greatest values a file's entry in the log has, for readers to pass over
+    files; without any Delta takes all of them, at a price for each row written.
+    """
 
     name: str
     columns: str
     partition_by: tuple[str, ...]
+    pruned_by: tuple[str, ...] = ()
 
     @property
     def schema(self) -> StructType:
@@ -72,6 +77,8 @@ class Table:
             "delta.logRetentionDuration": f"interval {hours} hours",
             "delta.deletedFileRetentionDuration": f"interval {hours} hours",
         }
+        if self.pruned_by:
+            properties["delta.dataSkippingStatsColumns"] = ",".join(self.pruned_by)
         path = f"delta.`{settings.table(self.name)}`"
 
         def pairs(values: dict[str, str]) -> str:

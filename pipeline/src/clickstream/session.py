@@ -24,8 +24,13 @@ COMMON = {
     "spark.hadoop.fs.permissions.umask-mode": "007",
     # A small table's state fits in few tasks; the default of 50 costs more than the work.
     "spark.databricks.delta.snapshotPartitions": "2",
+    # No two values of these columns are the same, so a dictionary of them would be made for nothing.
+    "spark.hadoop.parquet.enable.dictionary#value": "false",
+    "spark.hadoop.parquet.enable.dictionary#event_id": "false",
     "spark.ui.showConsoleProgress": "false",
     "spark.locality.wait": "0s",
+    # A batch is of few days: a file open for each costs less than sorting the rows by day.
+    "spark.sql.maxConcurrentOutputFileWriters": "8",
 }
 
 # Heaps of this size are collected in little time, and without a concurrent collector's threads on the cores. What was

@@ -37,6 +37,7 @@ EVENTS = Table(
     event_hour INT, session_key STRING
     """,
     partition_by=("event_date",),
+    pruned_by=("event_time", "partition", "offset", "kafka_timestamp", "processed_at"),
 )
 REJECTS = Table(
     "silver.rejects",
@@ -46,6 +47,7 @@ REJECTS = Table(
     key BINARY, value BINARY, reject_date DATE
     """,
     partition_by=("reject_date",),
+    pruned_by=("partition", "offset", "kafka_timestamp", "rejected_at"),
 )
 TABLES = (EVENTS, REJECTS)
 
