@@ -147,7 +147,8 @@ unit: $(VENV) $(TEST_VENV) $(TEST_JARS).stamp $(AIRFLOW_VENV) ## The package, on
 	$(PACKAGE_TESTS) -n 2 --durations=12 -m "not crash and not s3"
 
 .PHONY: terraform
-terraform: $(VENV) $(TEST_VENV) $(SCAN_VENV) $(TEST_JARS).stamp ## Terraform's modules, an environment's life on a stand-in for AWS, a policy scan, the lake on S3
+terraform: $(VENV) $(TEST_VENV) $(SCAN_VENV) $(TEST_JARS).stamp ## Terraform's modules, an environment's life on a stand-in for AWS, its inventory on guests, a policy scan, the lake on S3
+	@ansible/scripts/prepare-host guests
 	.cache/test-venv/bin/python -m pytest -q -n 2 --dist loadfile --durations=8 tests/terraform $(ARGS)
 	$(PACKAGE_TESTS) -m s3 --durations=5
 

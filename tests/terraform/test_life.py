@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -218,6 +220,56 @@ def test_preflight_takes_the_inventory(lives: dict[str, Life], name: str, tmp_pa
     done = subprocess.run(playbook, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     recap = re.findall(r"^(\S+) +: .*unreachable=(\d).*failed=(\d)", done.stdout, re.MULTILINE)
     assert {host: found for host, *found in recap} == {host: ["1", "0"] for host in NODES[name]}, done.stdout
+
+
+class Guests:
+    """Empty guests with the names of an environment's machines, by the environment's own inventory."""
+
+    def __init__(self, life: Life, first_address: int) -> None:
+        """What differs from the cloud is how a machine is reached, and how large it is."""
+        self.folder = ROOT / "tests/terraform/guests" / f"terraform-{life.name}"
+        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.copytree(life.inventory, self.folder)
+        own = yaml.safe_load((ROOT / "ansible/inventories/single/group_vars/all/guests.yml").read_text())
+        reached = {key: own[key] for key in ("ansible_user", "ansible_ssh_private_key_file", "ansible_ssh_common_args")}
+        (self.folder / "host_vars").mkdir()
+        for number, name in enumerate(sorted(NODES[life.name]), first_address):
+            host = reached | {"ansible_host": f"192.168.56.{number}", "vm_memory": 512, "vm_cpus": 1}
+            (self.folder / "host_vars" / f"{name}.yml").write_text(yaml.safe_dump(host))
+        self._env = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")} | {
+            "ANSIBLE_CONFIG": str(ROOT / "ansible/ansible.cfg"),
+            "CLICKSTREAM_INVENTORY": str(self.folder),
+            "VAGRANT_DOTFILE_PATH": str(self.folder / ".vagrant"),
+        }
+
+    def run(self, *words: str) -> str:
+        done = subprocess.run(words, cwd=ROOT, env=self._env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    def ansible(self, program: str, *words: str) -> str:
+        return self.run(str(ROOT / ".venv/bin" / program), "-i", str(self.folder), *words)
+
+
+@pytest.mark.parametrize(("name", "first_address"), [("dev", 130), ("prod", 131)])
+def test_a_check_on_empty_machines_goes_to_the_end(lives: dict[str, Life], name: str, first_address: int) -> None:
+    """`ansible-playbook --check`, what a careful operator runs first: it tells all of it, and leaves no trace."""
+    guests = Guests(lives[name], first_address)
+    try:
+        guests.run("vagrant", "up", "--no-provision")
+        guests.ansible("ansible", "all", "-m", "command", "-a", "touch /tmp/before")
+        said = guests.ansible("ansible-playbook", "ansible/playbooks/site.yml", "--check")
+        recap = re.findall(r"^(\S+) +: ok=\d+ +changed=(\d+) +unreachable=0 +failed=0", said, re.MULTILINE)
+        assert {host for host, changed in recap if int(changed)} == NODES[name], said
+        for service in ("zookeeper", "kafka", "spark-master", "spark-worker", "ecom-producer", "airflow-scheduler"):
+            assert f"TASK [service : Apply the configuration of {service}]" in said
+        new = guests.ansible(
+            "ansible", "all", "--become", "-m", "command", "-a", "find /etc /opt /srv /usr -newer /tmp/before"
+        )
+        assert re.findall(r"^/.*", new, re.MULTILINE) == [], new
+    finally:
+        guests.run("vagrant", "destroy", "--force")
+        shutil.rmtree(guests.folder)
 
 
 @pytest.mark.parametrize("name", ["dev", "prod"])
