@@ -16,7 +16,7 @@ from test_gold import Gold, at
 
 from clickstream import gold, silver
 from clickstream.gold import window_start
-from clickstream.live import LiveWindows, Shares, Touched
+from clickstream.live import LiveWindows, Shares, Touched, touched
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -35,16 +35,14 @@ Event = tuple[int, int, int, str, str]
 
 def shares_of(events: Iterable[Event]) -> list[Any]:
     """What Spark would make of these events."""
-    rows: dict[tuple[int, int, str], dict[str, Any]] = {}
+    # A group may have several rows: here one for each partition.
+    rows: dict[tuple[int, str, int], dict[str, Any]] = {}
     for minute, partition, offset, product, user in events:
         row = rows.setdefault(
-            (minute, partition, product),
+            (minute, product, partition),
             {
                 "window_start": START + minute * MINUTE,
-                "topic": TOPIC,
-                "partition": partition,
                 "product": product,
-                "last_offset": offset,
                 "events": 0,
                 "latest": offset,
                 "users": [],
@@ -52,7 +50,7 @@ def shares_of(events: Iterable[Event]) -> list[Any]:
         )
         row["events"] += 1
         row["users"] = [*{*row["users"], hash(user)}]
-        row["last_offset"] = row["latest"] = max(row["last_offset"], offset)
+        row["latest"] = max(row["latest"], offset)
     return list(rows.values())
 
 
@@ -62,7 +60,8 @@ def touched_of(events: Iterable[Event]) -> dict[datetime, Touched]:
         start = START + minute * MINUTE
         window = found.setdefault(start, Touched(0, start, {}, {}))
         first = window.first | {(TOPIC, partition): min(offset, window.first.get((TOPIC, partition), offset))}
-        found[start] = Touched(window.events + 1, start, first, {})
+        last = window.last | {(TOPIC, partition): max(offset, window.last.get((TOPIC, partition), offset))}
+        found[start] = Touched(window.events + 1, start, first, last)
     return found
 
 
@@ -84,8 +83,16 @@ SHARES = Shares(
     sums=("events",),
     greatest=("latest",),
     sets=("users",),
-    figures=lambda values: {"latest": values["latest"]},
+    figures=lambda groups: (
+        {"product": key[0], "events": values["events"], "latest": values["latest"], "users": len(values["users"])}
+        for key, values in groups.items()
+    ),
 )
+
+
+def add(live: LiveWindows, events: Iterable[Event]) -> None:
+    events = list(events)
+    live.add(touched_of(events), shares_of(events))
 
 
 @st.composite
@@ -128,10 +135,10 @@ def test_any_history_gives_the_figures_of_its_events(
     for number in range(began, len(batches)):
         new = touched_of(batches[number])
         followed = {start for start, batch in new.items() if live.follows(start, batch)}
-        live.add(row for row in shares_of(batches[number]) if row["window_start"] in followed)
+        add(live, (event for event in batches[number] if START + event[0] * MINUTE in followed))
         for start in new.keys() - followed:
             live.forget(start)
-            live.add(row for row in shares_of(table(number)) if row["window_start"] == start)
+            add(live, (event for event in table(number) if START + event[0] * MINUTE == start))
         for start in new:
             served[start] = {(row["product"], row["events"], row["latest"], row["users"]) for row in live.rows(start)}
         live.trim()
@@ -160,7 +167,8 @@ def test_shares_of_any_parts_add_up_to_the_figures(
     )
     live = LiveWindows(windowed.shares, windowed.length, 1000, until=None)
     for part in range(3):
-        live.add(windowed.shares.rows(events.where(F.col("part") == part), window_start(windowed.length)))
+        of_part, window = events.where(F.col("part") == part), window_start(windowed.length)
+        live.add(touched(of_part, window), windowed.shares.rows(of_part, window))
     expected = {gold.in_utc(row) for row in windowed.figures(events).collect()}
     columns = windowed.mart.columns[:-1]
     starts = {row[0] for row in expected}
@@ -170,7 +178,7 @@ def test_shares_of_any_parts_add_up_to_the_figures(
 def test_what_does_not_fit_is_forgotten_oldest_first() -> None:
     live = LiveWindows(SHARES, MINUTE, 3, until=None)
     for number, minute in enumerate((0, 1, 2)):
-        live.add(shares_of([(minute, 0, 2 * number, "a", "u1"), (minute, 0, 2 * number + 1, "a", "u2")]))
+        add(live, [(minute, 0, 2 * number, "a", "u1"), (minute, 0, 2 * number + 1, "a", "u2")])
     live.trim()
     new = Touched(1, START, {(TOPIC, 0): 99}, {})
     assert [live.follows(START + minute * MINUTE, new) for minute in range(4)] == [False, False, True, True]

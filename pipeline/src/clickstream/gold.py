@@ -20,13 +20,13 @@ from pyspark.sql.types import StructType
 
 from clickstream import silver
 from clickstream.lake import Table, utc
-from clickstream.live import LiveWindows, Partition, Shares, Touched, touched, up_to
+from clickstream.live import Groups, LiveWindows, Partition, Shares, Touched, touched, up_to
 from clickstream.marts import Mart, MartWriter
 from clickstream.session import unwritten
 from clickstream.settings import Settings, seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from pyspark.sql import Column, DataFrame, Row, SparkSession
     from pyspark.sql.streaming.readwriter import DataStreamReader, DataStreamWriter
@@ -143,25 +143,37 @@ def _latest_name(moment: str) -> Column:
     return F.max_by("product_category", F.struct(moment, "product_category")).alias("product_category")
 
 
-def _funnel_shares(events: DataFrame, by: Sequence[Column]) -> DataFrame:
-    return events.groupBy(*by, "product_id").agg(
+COUNTS = ("views", "carts", "purchases", "revenue")
+
+
+def _funnel_shares(events: DataFrame, window: Column) -> DataFrame:
+    # By category too, since the greatest of a struct with a string in it costs more than all else.
+    shares = events.groupBy(window, "product_id", "product_category").agg(
         *counts(),
-        F.max(F.struct(F.unix_micros("event_time").alias("at"), "product_category")).alias("latest"),
+        F.max(F.unix_micros("event_time")).alias("at"),
         F.collect_set(F.xxhash64("user_id")).alias("users"),
         F.collect_set(F.xxhash64("session_id")).alias("sessions"),
-        F.max("offset").alias("last_offset"),
     )
+    return shares.withColumn("latest", F.struct("at", "product_category"))
 
 
-def _funnel_figures(values: Mapping[str, Any]) -> dict[str, Any]:
-    micros, category = values["latest"]
-    return {"product_category": category, "last_event_at": EPOCH + timedelta(microseconds=micros)}
+def _funnel_figures(groups: Groups) -> Iterator[dict[str, Any]]:
+    for (product,), values in groups.items():
+        micros, category = values["latest"]
+        yield {
+            "product_id": product,
+            "product_category": category,
+            **{name: values[name] for name in COUNTS},
+            "users": len(values["users"]),
+            "sessions": len(values["sessions"]),
+            "last_event_at": EPOCH + timedelta(microseconds=micros),
+        }
 
 
 FUNNEL_SHARES = Shares(
     of=_funnel_shares,
     key=("product_id",),
-    sums=("views", "carts", "purchases", "revenue"),
+    sums=COUNTS,
     greatest=("latest",),
     sets=("users", "sessions"),
     figures=_funnel_figures,
@@ -208,39 +220,41 @@ def conversion(events: DataFrame, length: timedelta = HOUR) -> DataFrame:
     )
 
 
-def _conversion_shares(events: DataFrame, by: Sequence[Column]) -> DataFrame:
+def _conversion_shares(events: DataFrame, window: Column) -> DataFrame:
+    # By pairs of category and device: each event once, and not once for its category and once for its device.
     session = F.xxhash64("user_id", "session_id")
     kind = F.col("event_type")
-    return (
-        _by_dimension(events)
-        .groupBy(*by, "by.dimension", "by.value")
-        .agg(
-            *counts(),
-            F.collect_set(F.when(kind == "view", session)).alias("seen"),
-            F.collect_set(F.when(kind == "purchase", session)).alias("bought"),
-            F.max("offset").alias("last_offset"),
-        )
+    return events.groupBy(window, "product_category", "device_type").agg(
+        *counts(),
+        F.collect_set(F.when(kind == "view", session)).alias("seen"),
+        F.collect_set(F.when(kind == "purchase", session)).alias("bought"),
     )
 
 
-def _conversion_figures(values: Mapping[str, Any]) -> dict[str, Any]:
-    views, seen, converted = (
-        values["views"],
-        len(values["seen"]),
-        len(np.intersect1d(values["seen"], values["bought"], assume_unique=True)),
-    )
-    return {
-        "sessions_with_view": seen,
-        "sessions_converted": converted,
-        "purchases_per_view": values["purchases"] / views if views else None,
-        "session_conversion": converted / seen if seen else None,
-    }
+def _conversion_figures(groups: Groups) -> Iterator[dict[str, Any]]:
+    for place, dimension in enumerate(("category", "device")):
+        by_value: dict[str, list[Mapping[str, Any]]] = {}
+        for key, values in groups.items():
+            by_value.setdefault(key[place], []).append(values)
+        for value, parts in by_value.items():
+            sums = {name: sum(part[name] for part in parts) for name in COUNTS}
+            seen, bought = (np.unique(np.concatenate([part[name] for part in parts])) for name in ("seen", "bought"))
+            converted = len(np.intersect1d(seen, bought, assume_unique=True))
+            yield {
+                "dimension": dimension,
+                "value": value,
+                **sums,
+                "sessions_with_view": len(seen),
+                "sessions_converted": converted,
+                "purchases_per_view": sums["purchases"] / sums["views"] if sums["views"] else None,
+                "session_conversion": converted / len(seen) if len(seen) else None,
+            }
 
 
 CONVERSION_SHARES = Shares(
     of=_conversion_shares,
-    key=("dimension", "value"),
-    sums=("views", "carts", "purchases", "revenue"),
+    key=("product_category", "device_type"),
+    sums=COUNTS,
     greatest=(),
     sets=("seen", "bought"),
     figures=_conversion_figures,
@@ -468,7 +482,8 @@ class GoldWriter:
         if sum(new[w].events for w in windows) > ADDED:
             return set()
         if windows:
-            live.add(windowed.shares.rows(among(batch, windows, self._length), self._window))
+            rows = windowed.shares.rows(among(batch, windows, self._length), self._window)
+            live.add({w: new[w] for w in windows}, rows)
             self._serve(windowed, live, windows)
         return windows
 
@@ -492,8 +507,9 @@ class GoldWriter:
         if not final:
             # What the stream has yet to bring is left to it: taken up now, its window would be taken up again.
             events = up_to(self._events(todo), self._brought)
-            if sum(window.events for window in touched(events, self._window).values()) <= ADDED:
-                live.add(windowed.shares.rows(events, self._window))
+            found = touched(events, self._window)
+            if sum(window.events for window in found.values()) <= ADDED:
+                live.add(found, windowed.shares.rows(events, self._window))
                 self._serve(windowed, live, todo)
                 return
         for start in range(0, len(todo), CHUNK):

@@ -12,6 +12,7 @@ its live figure is one too low, has a probability of 3e-8; final figures are cou
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,34 +22,37 @@ from pyspark.sql import functions as F  # noqa: N812
 from clickstream.lake import utc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator
     from datetime import datetime, timedelta
 
     from pyspark.sql import Column, DataFrame, Row
 
 Partition = tuple[str, int]
+# Values by the group's key.
+Groups = Mapping[tuple[Any, ...], Mapping[str, Any]]
 EMPTY = np.array([], dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class Shares:
-    """How the figures of a group of a window (a product's, a device's) are made of those of parts of its events.
+    """How the figures of a window are made of those of parts of its events.
 
-    `of` is given events, and how to group them; each of its rows has the columns of `key`, and those of `sums`,
-    `greatest` and `sets`, which add up as their names say; sets are arrays of BIGINT. `figures` is given a group's
-    values, with those sets sorted, and has those columns of the mart that are not the key, a sum or the size of a set.
+    `of` is given events and their window; each of its rows has `window_start`, the columns of `key`, which name a group
+    (one group may have several rows), and those of `sums`, `greatest` and `sets`, which add up as their names say; sets
+    are arrays of BIGINT. `figures` is given the groups of a window, with those sets as sorted arrays, and has its rows
+    of the mart, without the window's bounds.
     """
 
-    of: Callable[[DataFrame, Sequence[Column]], DataFrame]
+    of: Callable[[DataFrame, Column], DataFrame]
     key: tuple[str, ...]
     sums: tuple[str, ...]
     greatest: tuple[str, ...]
     sets: tuple[str, ...]
-    figures: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    figures: Callable[[Groups], Iterator[dict[str, Any]]]
 
     def rows(self, events: DataFrame, window: Column) -> list[Row]:
-        """The groups' shares of these events, by partition, with the greatest offset of each."""
-        return self.of(events, [window.alias("window_start"), F.col("topic"), F.col("partition")]).collect()
+        """The shares of these events."""
+        return self.of(events, window.alias("window_start")).collect()
 
 
 @dataclass(frozen=True)
@@ -125,13 +129,15 @@ class LiveWindows:
             return self._until is None or start > self._until
         return all(offset > window.last.get(partition, -1) for partition, offset in batch.first.items())
 
-    def add(self, rows: Iterable[Row]) -> None:
-        """Adds shares to their windows."""
+    def add(self, windows: Mapping[datetime, Touched], rows: Iterable[Row]) -> None:
+        """Adds shares to their windows; which these are, and up to which offsets the events are that they are of."""
         shares = self._shares
+        for start, events in windows.items():
+            window = self._windows.setdefault(start, _Window())
+            for partition, offset in events.last.items():
+                window.last[partition] = max(offset, window.last.get(partition, -1))
         for row in rows:
-            window = self._windows.setdefault(utc(row["window_start"]), _Window())
-            partition = row["topic"], row["partition"]
-            window.last[partition] = max(window.last.get(partition, -1), row["last_offset"])
+            window = self._windows[utc(row["window_start"])]
             values = window.groups.setdefault(tuple(row[name] for name in shares.key), {})
             for name in shares.sums:
                 values[name] = values[name] + row[name] if name in values else row[name]
@@ -141,18 +147,10 @@ class LiveWindows:
                 values[name] = np.union1d(values.get(name, EMPTY), np.array(row[name], dtype=np.int64))
 
     def rows(self, start: datetime) -> list[dict[str, Any]]:
-        """A followed window's figures, by column of the mart."""
+        """A followed window's figures, by column of the mart; none of a window without events."""
         bounds = {"window_start": start, "window_end": start + self._length}
-        return [
-            {
-                **bounds,
-                **dict(zip(self._shares.key, key, strict=True)),
-                **{name: values[name] for name in self._shares.sums},
-                **{name: len(values[name]) for name in self._shares.sets},
-                **self._shares.figures(values),
-            }
-            for key, values in self._windows[start].groups.items()
-        ]
+        window = self._windows.get(start, _Window())
+        return [bounds | row for row in self._shares.figures(window.groups)]
 
     def forget(self, start: datetime) -> None:
         """Follows a window no longer: should it be touched again, it is not new."""
