@@ -69,7 +69,7 @@ POLL_SECONDS = 0.01
 # When Silver is back for so long, the kill comes also when too little appeared in the place.
 PATIENCE_SECONDS = 15.0
 # So long may a start take to come to Silver's first batch.
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 # So long may a start take to do all that is left.
 FINISH_SECONDS = 240.0
 
