@@ -1,9 +1,9 @@
 """How many files the lake keeps: simulated days at 5 events a second, with the maintenance that Airflow schedules.
 
-    make days ARGS="--days 5"
+    make days ARGS="--days 5 --batches 6"
 
-The real streams and jobs on local Spark and a real broker, by a clock that is put forward (libfaketime): ten minutes
-after each batch, so that a day has 144 batches of Silver instead of 28,800, and 24 compactions and accountings and a
+The real streams and jobs on local Spark and a real broker, by a clock that is put forward (libfaketime) after each
+batch: with six batches an hour, a day has 144 of Silver instead of 28,800, and 24 compactions and accountings and a
 VACUUM as it should. What is printed are the files at the end of each day, by kind. They are bounded when the days are
 the same from the fourth on: what a day leaves is gone when retention and the next VACUUM have passed. The batches that
 a real day has more make more of the same, in proportion.
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from pyspark.sql import SparkSession
 
-STEP_SECONDS = 600
+HOUR_SECONDS = 3600
 RECORDS = 30
 # The first day on which what is removed is what a day leaves: two days of retention and a VACUUM each night, and the
 # tables' logs are cut at midnight.
@@ -129,8 +129,9 @@ def lake_of(stack: ExitStack, scratch: Path, clock: Clock) -> tuple[SparkSession
     return spark, settings
 
 
-def simulate(days: int) -> Iterator[Counter[str]]:
-    """The files at the end of each day."""
+def simulate(days: int, batches: int) -> Iterator[Counter[str]]:
+    """The files at the end of each day, with so many batches of each query an hour."""
+    step = HOUR_SECONDS // batches
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="clickstream-days-")))
         clock = Clock(scratch)
@@ -141,15 +142,15 @@ def simulate(days: int) -> Iterator[Counter[str]]:
         assert jvm is not None
         producer = Producer({"bootstrap.servers": settings.bootstrap_servers})
         for hour in range(24 * days):
-            for _ in range(3600 // STEP_SECONDS):
+            for _ in range(batches):
                 for record in itertools.islice(records, RECORDS):
                     producer.produce(settings.topic, record.value, record.key, timestamp=int(clock.now() * 1000))
                 assert producer.flush(60) == 0
                 for query in queries:
                     query.processAllAvailable()
-                clock.forward(STEP_SECONDS)
+                clock.forward(step)
                 # The library reads the file once a second.
-                while jvm.java.lang.System.currentTimeMillis() / 1000 < clock.now() - STEP_SECONDS / 2:
+                while jvm.java.lang.System.currentTimeMillis() / 1000 < clock.now() - step / 2:
                     time.sleep(0.05)
             report = account.account(spark, settings, account.closed(spark, settings))
             assert not report.unexplained
@@ -164,9 +165,13 @@ def simulate(days: int) -> Iterator[Counter[str]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--days", type=int, default=5, help="(default: %(default)s)")
-    days = parser.parse_args().days
+    parser.add_argument(
+        "--batches", type=int, default=6, help="of each query, in a simulated hour (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    days = args.days
     totals = []
-    for day, counts in enumerate(simulate(days), 1):
+    for day, counts in enumerate(simulate(days, args.batches), 1):
         totals.append(counts.total())
         print(
             f"day {day}: {totals[-1]:>6} files: " + ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())),
