@@ -166,7 +166,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--days", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument(
-        "--batches", type=int, default=6, help="of each query, in a simulated hour (default: %(default)s)"
+        "--batches",
+        type=int,
+        default=6,
+        choices=[n for n in range(1, 61) if HOUR_SECONDS % n == 0],
+        help="of each query, in a simulated hour (default: %(default)s)",
     )
     args = parser.parse_args()
     days = args.days

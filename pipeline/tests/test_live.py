@@ -16,7 +16,7 @@ from test_gold import Gold, at
 
 from clickstream import gold, silver
 from clickstream.gold import window_start
-from clickstream.live import LiveWindows, Shares, Touched, touched
+from clickstream.live import GROUP_ENTRIES, LiveWindows, Shares, Touched, touched
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -92,7 +92,7 @@ SHARES = Shares(
 
 def add(live: LiveWindows, events: Iterable[Event]) -> None:
     events = list(events)
-    live.add(touched_of(events), shares_of(events))
+    live.add({start: window.last for start, window in touched_of(events).items()}, shares_of(events))
 
 
 @st.composite
@@ -116,7 +116,7 @@ def histories(draw: st.DrawFn) -> tuple[list[list[Event]], int, list[int], int]:
             batches[draw(st.integers(late, len(batches) - 1))].append(moved)
     began = draw(st.integers(0, len(batches)))
     ahead = draw(st.lists(st.integers(0, 3), min_size=len(batches), max_size=len(batches)))
-    return batches, began, ahead, draw(st.sampled_from((0, 3, 1000)))
+    return batches, began, ahead, draw(st.sampled_from((0, 2 * GROUP_ENTRIES, 1000 * GROUP_ENTRIES)))
 
 
 @given(histories())
@@ -130,15 +130,19 @@ def test_any_history_gives_the_figures_of_its_events(
         return [event for batch in batches[: number + 1 + ahead[number]] for event in batch]
 
     known = [START + event[0] * MINUTE for event in table(began)] if began < len(batches) else []
+    brought: dict[tuple[str, int], int] = {}
     live = LiveWindows(SHARES, MINUTE, limit, until=max(known, default=None))
     served: dict[datetime, set[tuple[Any, ...]]] = {}
     for number in range(began, len(batches)):
         new = touched_of(batches[number])
+        for _, partition, offset, _, _ in table(began) if number == began else batches[number]:
+            brought[TOPIC, partition] = max(offset, brought.get((TOPIC, partition), -1))
         followed = {start for start, batch in new.items() if live.follows(start, batch)}
         add(live, (event for event in batches[number] if START + event[0] * MINUTE in followed))
         for start in new.keys() - followed:
             live.forget(start)
-            add(live, (event for event in table(number) if START + event[0] * MINUTE == start))
+            there = [event for event in table(number) if event[2] <= brought.get((TOPIC, event[1]), -1)]
+            live.add({start: brought}, shares_of(event for event in there if START + event[0] * MINUTE == start))
         for start in new:
             served[start] = {(row["product"], row["events"], row["latest"], row["users"]) for row in live.rows(start)}
         live.trim()
@@ -165,10 +169,11 @@ def test_shares_of_any_parts_add_up_to_the_figures(
         F.monotonically_increasing_id().alias("offset"),
         F.pmod(F.hash("event_id", "session_id", F.lit(1)), F.lit(3)).alias("part"),
     )
-    live = LiveWindows(windowed.shares, windowed.length, 1000, until=None)
+    live = LiveWindows(windowed.shares, windowed.length, 1000 * GROUP_ENTRIES, until=None)
     for part in range(3):
         of_part, window = events.where(F.col("part") == part), window_start(windowed.length)
-        live.add(touched(of_part, window), windowed.shares.rows(of_part, window))
+        last = {start: found.last for start, found in touched(of_part, window).items()}
+        live.add(last, windowed.shares.rows(of_part, window))
     expected = {gold.in_utc(row) for row in windowed.figures(events).collect()}
     columns = windowed.mart.columns[:-1]
     starts = {row[0] for row in expected}
@@ -176,7 +181,7 @@ def test_shares_of_any_parts_add_up_to_the_figures(
 
 
 def test_what_does_not_fit_is_forgotten_oldest_first() -> None:
-    live = LiveWindows(SHARES, MINUTE, 3, until=None)
+    live = LiveWindows(SHARES, MINUTE, 2 * GROUP_ENTRIES - 1, until=None)
     for number, minute in enumerate((0, 1, 2)):
         add(live, [(minute, 0, 2 * number, "a", "u1"), (minute, 0, 2 * number + 1, "a", "u2")])
     live.trim()
@@ -184,9 +189,12 @@ def test_what_does_not_fit_is_forgotten_oldest_first() -> None:
     assert [live.follows(START + minute * MINUTE, new) for minute in range(4)] == [False, False, True, True]
 
 
-@pytest.mark.parametrize("limit", [1_000_000, 8, 1])
-def test_the_table_may_be_ahead_of_the_stream(spark: SparkSession, settings: Settings, dsn: str, limit: int) -> None:
+@pytest.mark.parametrize(("limit", "added"), [(1_000_000, 1_000_000), (3 * GROUP_ENTRIES, 1_000_000), (1_000_000, 3)])
+def test_the_table_may_be_ahead_of_the_stream(
+    spark: SparkSession, settings: Settings, dsn: str, limit: int, added: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The writer gets commits in order, some of them together and most of them late: the table shows them before."""
+    monkeypatch.setattr(gold, "ADDED", added)
     shop = Gold(spark, replace(settings, live_entries=limit), dsn)
     writer = gold.GoldWriter(spark, shop.settings, shop.marts, shop.tables)
     rng = random.Random(7)

@@ -170,7 +170,15 @@ def test_the_batch_layer_agrees_with_the_streams(platform: Platform) -> None:
 def test_a_dag_runs_green_on_the_cluster(platform: Platform) -> None:
     airflow = Airflow(ADDRESS)
     began = platform.lake().version("bronze/clickstream")
-    airflow.green("lake_maintenance", airflow.trigger("lake_maintenance"), timeout=420)
+    run = airflow.trigger("lake_maintenance")
+
+    def gives_way() -> bool:
+        executors = platform.run("ps -C java -o ni=,args= | awk '/CoarseGrainedExecutorBackend/ {print $1}'").split()
+        assert sorted(executors) == ["0", "10"], f"niceness of the executors: {executors}"
+        return True
+
+    wait_until(gives_way, 240, "the job's executor runs and gives way to the streams'")
+    airflow.green("lake_maintenance", run, timeout=420)
     airflow.pause()
     lake = platform.lake()
     done = [entry["operation"] for entry in lake.history("bronze/clickstream", since=began)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -80,3 +83,25 @@ def test_a_reader_reads_what_the_owner_makes_and_writes_nothing(host: Host, addr
         assert refused.rc != 0 and "permission denied" in refused.stderr, (statement, refused.stderr)
     assert "permission denied for database" in ask("SELECT 1", database="airflow").stderr
     assert ask("DROP SCHEMA molecule CASCADE", user="analytics").rc == 0
+
+
+def test_a_check_says_what_an_edit_would_change_and_changes_nothing(host: Host) -> None:
+    users = [{"name": "auditor", "password": "not-a-password-of-anybody"}]
+    databases = [{"name": "audit", "owner": "auditor", "readers": ["auditor"]}]
+    project = Path(__file__).parents[3]
+    edit = json.dumps({"postgres_users": users, "postgres_databases": databases})
+    done = subprocess.run(
+        ["ansible-playbook", "-i", SECRETS.parent, "ansible/playbooks/site.yml", "--check", "-e", edit],
+        cwd=project,
+        env=os.environ | {"ANSIBLE_CONFIG": str(project / "ansible/ansible.cfg")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for task in ("Make the users", "Make the databases"):
+        assert f"TASK [postgres : {task}]" in done.stdout
+    assert " changed=2 " in done.stdout, done.stdout
+    known = host.check_output("cd / && runuser -u postgres -- psql -X -At -c %s", "SELECT rolname FROM pg_roles")
+    assert "analytics" in known.split()
+    assert "auditor" not in known.split()

@@ -3,8 +3,8 @@ final in Delta.
 
 Every batch names the windows it touched. Those that are final are computed again, whole, from silver.events, and
 replaced, so a replay, a duplicate delivery and a correction all end in the same figures, and no final figure depends on
-what an earlier batch remembered. A live window is what its batches add up to (`live`) as long as that is sure to be
-the same; else it is computed whole, too.
+what an earlier batch remembered. A live window is what its batches add up to (`live`) as long as these bring its events
+in order; else it is computed whole, too. What a backfill moves is no batch: live windows show it when they are final.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("clickstream")
 
-# The minutes are the path of low latency. The hours, of which each batch computes a whole one again, have a query of
-# their own that looks for new rows less often.
+# The minutes are the path of low latency. The hours, which are more work, have a query of their own that looks for new
+# rows less often.
 QUERY = "gold"
 HOURLY_QUERY = "gold_hourly"
 MINUTE = timedelta(minutes=1)
@@ -180,15 +180,6 @@ FUNNEL_SHARES = Shares(
 )
 
 
-def _by_dimension(events: DataFrame) -> DataFrame:
-    """Each event once for its category and once for its device."""
-    dimensions = F.array(
-        F.struct(F.lit("category").alias("dimension"), F.col("product_category").alias("value")),
-        F.struct(F.lit("device").alias("dimension"), F.col("device_type").alias("value")),
-    )
-    return events.withColumn("by", F.explode(dimensions))
-
-
 def conversion(events: DataFrame, length: timedelta = HOUR) -> DataFrame:
     """Conversion in each window by category and by device, from silver.events, defined in two ways. Pure.
 
@@ -199,8 +190,12 @@ def conversion(events: DataFrame, length: timedelta = HOUR) -> DataFrame:
       `sessions_converted` when both a view and a purchase are. So a session may count in several windows and
       categories, and one whose view was in another hour does not convert in this one.
     """
+    dimensions = F.array(
+        F.struct(F.lit("category").alias("dimension"), F.col("product_category").alias("value")),
+        F.struct(F.lit("device").alias("dimension"), F.col("device_type").alias("value")),
+    )
     sessions = (
-        _by_dimension(events)
+        events.withColumn("by", F.explode(dimensions))
         .groupBy(window_start(length).alias("window_start"), "by.dimension", "by.value", "user_id", "session_id")
         .agg(*counts())
     )
@@ -408,6 +403,8 @@ class GoldWriter:
         self._live: dict[str, LiveWindows] = {}
         # The greatest offsets that the stream may have brought: beyond them is what it will bring.
         self._brought: dict[Partition, int] = {}
+        # Live windows with so many events that they are computed by Spark each time they are not followed.
+        self._large: set[datetime] = set()
 
     @property
     def newest(self) -> datetime | None:
@@ -474,6 +471,7 @@ class GoldWriter:
         for windowed in self._tables:
             self._refresh(windowed, final, final=True)
         self._open -= final
+        self._large -= final
 
     def _follow(self, windowed: Windowed, batch: DataFrame, new: Mapping[datetime, Touched]) -> set[datetime]:
         """Adds the batch to the live windows it goes on with, and writes them; which these are."""
@@ -483,7 +481,7 @@ class GoldWriter:
             return set()
         if windows:
             rows = windowed.shares.rows(among(batch, windows, self._length), self._window)
-            live.add({w: new[w] for w in windows}, rows)
+            live.add({w: new[w].last for w in windows}, rows)
             self._serve(windowed, live, windows)
         return windows
 
@@ -505,15 +503,26 @@ class GoldWriter:
         for window in todo:
             live.forget(window)
         if not final:
-            # What the stream has yet to bring is left to it: taken up now, its window would be taken up again.
-            events = up_to(self._events(todo), self._brought)
-            found = touched(events, self._window)
-            if sum(window.events for window in found.values()) <= ADDED:
-                live.add(found, windowed.shares.rows(events, self._window))
-                self._serve(windowed, live, todo)
-                return
+            followed = self._take_up(windowed, live, todo)
+            todo = [window for window in todo if window not in followed]
         for start in range(0, len(todo), CHUNK):
             self._compute(windowed, todo[start : start + CHUNK], final=final)
+
+    def _take_up(self, windowed: Windowed, live: LiveWindows, windows: Sequence[datetime]) -> set[datetime]:
+        """Follows windows by what the table has of them, and writes them; which these are: not those with too much."""
+        windows = [window for window in windows if window not in self._large]
+        if not windows:
+            return set()
+        # What the stream has yet to bring is left to it. What it may have brought, but not in order, is here or not:
+        # each look at the table may be at another version of it. Brought later, it makes the window be taken up again.
+        events = up_to(self._events(windows), self._brought)
+        found = {window: of.events for window, of in touched(events, self._window).items()}
+        self._large |= {window for window, count in found.items() if count > ADDED}
+        if sum(found.values()) > ADDED:
+            return set()
+        live.add(dict.fromkeys(windows, self._brought), windowed.shares.rows(events, self._window))
+        self._serve(windowed, live, windows)
+        return set(windows)
 
     def _events(self, windows: Sequence[datetime]) -> DataFrame:
         return in_windows(silver.EVENTS.read(self._spark, self._settings), windows, self._length)

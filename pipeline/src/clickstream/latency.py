@@ -5,27 +5,30 @@ from __future__ import annotations
 import json
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import psycopg
 from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import KafkaError
 
 from clickstream.errors import JobError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from clickstream.settings import Settings
 
 POLL_S = 0.2
 # How long after the last event a missing one is waited for.
 GRACE_S = 60
-# Of each partition the newest records at a look, at most so many, and a fetch no larger than they need: what watches
-# must not be what is measured.
-LOOKED_AT = 10
+# At a look, of what is new in each partition the oldest and the newest records, so many of each, and a fetch no larger
+# than they need: what watches must not be what is measured.
+LOOKED_AT = 5
 FETCH_BYTES = 16 * 1024
+BROKER_S = 60
 # Live rows only: an event is in them when the row's newest event is not older than it.
 QUERY = """
     SELECT product_id, window_start, last_event_at FROM gold.product_funnel_1m
@@ -62,31 +65,46 @@ class Watch:
     """The topic from now on; of a fast one a sample. `records` are those that came, looked at or not."""
 
     def __init__(self, settings: Settings) -> None:
-        # By the client itself the offsets would be committed to a group; it has none.
-        self._consumer = KafkaConsumer(
-            bootstrap_servers=settings.bootstrap_servers.split(","), max_partition_fetch_bytes=FETCH_BYTES
-        )
-        partitions = [
-            TopicPartition(settings.topic, p) for p in self._consumer.partitions_for_topic(settings.topic) or ()
-        ]
-        if not partitions:
-            raise JobError(f"topic {settings.topic} does not exist; describe it in kafka_topics")
-        self._consumer.assign(partitions)
-        self._next = self._consumer.end_offsets(partitions)
+        """JobError when there is no broker or no topic."""
+        try:
+            # No group: nothing is committed.
+            self._consumer = KafkaConsumer(
+                bootstrap_servers=settings.bootstrap_servers.split(","), max_partition_fetch_bytes=FETCH_BYTES
+            )
+            numbers = self._consumer.partitions_for_topic(settings.topic)
+            if not numbers:
+                raise JobError(f"topic {settings.topic} does not exist; describe it in kafka_topics")
+            partitions = [TopicPartition(settings.topic, number) for number in numbers]
+            self._consumer.assign(partitions)
+            self._next = self._consumer.end_offsets(partitions)
+        except KafkaError as error:
+            raise JobError(f"Kafka at {settings.bootstrap_servers} does not answer ({error}): make status") from error
         self.records = 0
 
     def look(self) -> list[bytes | None]:
-        """Values of records that came since the last look."""
-        ends = self._consumer.end_offsets(list(self._next))
-        for partition, end in ends.items():
-            self.records += end - self._next[partition]
-            self._consumer.seek(partition, max(self._next[partition], end - LOOKED_AT))
+        """Values of records that came since the last look. JobError when the broker no longer answers."""
+        try:
+            ends = self._consumer.end_offsets(list(self._next))
+            oldest = {p: (start, min(start + LOOKED_AT, ends[p])) for p, start in self._next.items()}
+            newest = {p: (max(stop, ends[p] - LOOKED_AT), ends[p]) for p, (_, stop) in oldest.items()}
+            values = [value for ranges in (oldest, newest) for value in self._read(ranges)]
+        except KafkaError as error:
+            raise JobError(f"Kafka does not answer any more ({error}): make status") from error
+        self.records += sum(end - self._next[partition] for partition, end in ends.items())
         self._next = ends
-        values: list[bytes | None] = []
-        while any(self._consumer.position(partition) < end for partition, end in ends.items()):
-            for partition, records in self._consumer.poll(timeout_ms=1000).items():
-                values += [record.value for record in records if record.offset < ends[partition]]
         return values
+
+    def _read(self, ranges: Mapping[TopicPartition, tuple[int, int]]) -> Iterator[bytes | None]:
+        """The values of these offsets, the second of each range excluded."""
+        deadline = time.monotonic() + BROKER_S
+        for partition, (start, _) in ranges.items():
+            self._consumer.seek(partition, start)
+        while any(self._consumer.position(partition) < stop for partition, (_, stop) in ranges.items()):
+            if time.monotonic() > deadline:
+                raise JobError(f"Kafka has sent nothing for {BROKER_S} s: make status")
+            for partition, records in self._consumer.poll(timeout_ms=1000).items():
+                start, stop = ranges[partition]
+                yield from (record.value for record in records if start <= record.offset < stop)
 
     def close(self) -> None:
         self._consumer.close()
@@ -95,17 +113,17 @@ class Watch:
 def measure(settings: Settings, seconds: float) -> dict[str, float]:
     """Watch the topic for some seconds and the mart until every event looked at is in it.
 
-    Returns records, events (those looked at: all of a slow topic, the newest at each look of a fast one), missing (not
-    in the mart after a minute: refused by the rules, or too late), skipped (no events at all), and p50_s, p99_s, max_s.
+    Returns records, events (those looked at: all of a slow topic, of a fast one the first and the last that came since
+    the look before), missing (not in the mart after a minute: refused by the rules, or too late), skipped (no events
+    at all), and p50_s, p99_s, max_s. JobError when Kafka does not answer.
     An event counts as seen once its product's row has reached its timestamp; two events of one product in one minute
     that come out of order may make the earlier one's figure too small. The clocks of producer and node have to agree.
     """
-    watch = Watch(settings)
     pending: list[Seen] = []
     latencies: list[float] = []
     skipped = 0
     end = time.monotonic() + seconds
-    with psycopg.connect(settings.marts_dsn, autocommit=True) as marts:
+    with closing(Watch(settings)) as watch, psycopg.connect(settings.marts_dsn, autocommit=True) as marts:
         while (watching := time.monotonic() < end) or (pending and time.monotonic() < end + GRACE_S):
             if watching:
                 for value in watch.look():
@@ -120,7 +138,6 @@ def measure(settings: Settings, seconds: float) -> dict[str, float]:
             latencies += [(now - event.at) / timedelta(seconds=1) for event in pending if id(event) in there]
             pending = [event for event in pending if id(event) not in there]
             time.sleep(POLL_S)
-    watch.close()
     return {
         "records": watch.records,
         "events": len(latencies) + len(pending),

@@ -2,8 +2,8 @@
 
 A window's figures are sums, greatest values and sets over its events, so those of a batch can be added to what is known
 of the window without reading the window again. What must not happen is to add an event twice: the table may show a
-window's events before the stream brings them. So for each window and partition the greatest offset that was added is
-kept. An event beyond it was not added yet, whatever order events come in; one that is not beyond it may have been, and
+window's events before the stream brings them. So for each window and partition an offset is kept beyond which nothing
+was added. An event beyond it is new, whatever order events come in; one that is not beyond it may have been added, and
 the window is then taken up anew, whole, from the table. Nothing here is needed after a stop: it is a cache.
 
 Sets are of hashes, 64 bits wide, so that a visitor takes 8 bytes. That two of a group's million have the same one, and
@@ -31,6 +31,8 @@ Partition = tuple[str, int]
 # Values by the group's key.
 Groups = Mapping[tuple[Any, ...], Mapping[str, Any]]
 EMPTY = np.array([], dtype=np.int64)
+# What a group takes beside its sets, in entries of 8 bytes.
+GROUP_ENTRIES = 120
 
 
 @dataclass(frozen=True)
@@ -92,28 +94,29 @@ def touched(events: DataFrame, window: Column) -> dict[datetime, Touched]:
 
 
 def up_to(events: DataFrame, last: Mapping[Partition, int]) -> DataFrame:
-    """These events without those beyond the greatest offsets of partitions; of others all of them."""
+    """These events up to the greatest offset of each partition, without those of other partitions."""
+    known = F.lit(False)
     for (topic, partition), offset in last.items():
-        events = events.where(
-            (F.col("offset") <= offset) | (F.col("partition") != partition) | (F.col("topic") != topic)
-        )
-    return events
+        known |= (F.col("topic") == topic) & (F.col("partition") == partition) & (F.col("offset") <= offset)
+    return events.where(known)
 
 
 @dataclass
 class _Window:
-    """Values by group, and the greatest offset of each partition among the events they are of."""
+    """Values by group, and by partition the offset beyond which no event is in them."""
 
     groups: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict)
     last: dict[Partition, int] = field(default_factory=dict)
 
     @property
     def entries(self) -> int:
-        return sum(len(v) for values in self.groups.values() for v in values.values() if isinstance(v, np.ndarray))
+        sets = (v for values in self.groups.values() for v in values.values() if isinstance(v, np.ndarray))
+        return len(self.groups) * GROUP_ENTRIES + sum(map(len, sets))
 
 
 class LiveWindows:
-    """The windows of a table that are followed, in at most so many entries of their sets, of 8 bytes.
+    """The windows of a table that are followed, in at most so many entries of 8 bytes: those of their sets, and
+    GROUP_ENTRIES for each group.
 
     `until` is the last window of which the table may have events that no batch of this process brought.
     """
@@ -129,12 +132,12 @@ class LiveWindows:
             return self._until is None or start > self._until
         return all(offset > window.last.get(partition, -1) for partition, offset in batch.first.items())
 
-    def add(self, windows: Mapping[datetime, Touched], rows: Iterable[Row]) -> None:
-        """Adds shares to their windows; which these are, and up to which offsets the events are that they are of."""
+    def add(self, last: Mapping[datetime, Mapping[Partition, int]], rows: Iterable[Row]) -> None:
+        """Adds shares to their windows; by window, the offsets beyond which no event is in these shares."""
         shares = self._shares
-        for start, events in windows.items():
+        for start, offsets in last.items():
             window = self._windows.setdefault(start, _Window())
-            for partition, offset in events.last.items():
+            for partition, offset in offsets.items():
                 window.last[partition] = max(offset, window.last.get(partition, -1))
         for row in rows:
             window = self._windows[utc(row["window_start"])]

@@ -20,7 +20,7 @@ REJECTS = Counter("clickstream_rejects", "Rejected records by rule; one record m
 # Batches take from some tenths of a second to, in a catch-up, minutes.
 BATCH_SECONDS = Histogram(
     "clickstream_batch_seconds",
-    "How long a query's batches took.",
+    "How long a query's batches took, with the rest after them (gold_hourly).",
     ["query"],
     buckets=(0.25, 0.5, 1, 2, 3, 5, 10, 30, 60, 300),
 )

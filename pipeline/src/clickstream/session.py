@@ -24,7 +24,8 @@ COMMON = {
     "spark.hadoop.fs.permissions.umask-mode": "007",
     # A small table's state fits in few tasks; the default of 50 costs more than the work.
     "spark.databricks.delta.snapshotPartitions": "2",
-    # No two values of these columns are the same, so a dictionary of them would be made for nothing.
+    # No two records have the same of these, so a dictionary would be made for nothing (that gold.conversion_1h has a
+    # `value` too is a few rows more).
     "spark.hadoop.parquet.enable.dictionary#value": "false",
     "spark.hadoop.parquet.enable.dictionary#event_id": "false",
     "spark.ui.showConsoleProgress": "false",

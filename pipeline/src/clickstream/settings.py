@@ -58,8 +58,8 @@ class Settings:
     trigger_silver: str = "3 seconds"
     trigger_gold: str = "1 second"
     trigger_gold_hourly: str = "1 minute"
-    # Each batch of the hours' query computes whole hours again: at most this part of the time, in percent. It rests the
-    # others, so that under load the newest minutes have the processors.
+    # The hours' query works at most this part of the time, in percent, and rests the others, so that under load the
+    # newest minutes have the processors.
     hourly_percent: int = 20
     # How late a valid event may come and still be deduplicated and counted by the streams.
     watermark: str = "10 minutes"
@@ -72,8 +72,8 @@ class Settings:
     max_offsets_per_trigger: int = 200_000
     # Gold reads at most this much of Silver a batch; it bounds a catch-up after a long stop.
     max_bytes_per_trigger: str = "64m"
-    # So many visitors and sessions of products are kept of each Gold table's live windows in the driver, 8 bytes each;
-    # windows with more are computed whole at each batch.
+    # So many visitors and sessions of products are kept of each Gold table's live windows in the driver, 8 bytes each
+    # (a product counts as 120 more); windows with more are computed whole at each batch.
     live_entries: int = 8_000_000
     spark_cores_max: int = 2
     shuffle_partitions: int = 2

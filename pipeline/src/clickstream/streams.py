@@ -166,6 +166,8 @@ def run(settings: Settings, names: Sequence[str], metrics_port: int = 0) -> int:
         start([name for name in names if name not in later])
         code = _watch(queries, ready, stop, lambda: start(later))
     finally:
+        # also when a query failed: one that rests would hold up the end
+        stop.set()
         sdnotify.notify("STOPPING=1")
         _stop(queries)
         for group in groups.values():
