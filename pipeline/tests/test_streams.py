@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
 import pytest
 
 from clickstream import streams
+from clickstream.progress import ProgressListener
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.mark.parametrize(("work", "percent", "rest"), [(5, 20, 20), (5, 50, 5), (5, 100, 0), (300, 20, 600)])
@@ -30,3 +38,10 @@ def test_a_batch_that_failed_does_not_rest() -> None:
     with pytest.raises(RuntimeError, match="the disk is full"):
         streams.sparing(write, 20, rests.append)(None, 0)  # type: ignore[arg-type]
     assert rests == []
+
+
+def test_a_query_says_until_when_it_rests(tmp_path: Path) -> None:
+    ProgressListener(str(tmp_path), {}, {}, lambda _: None).rests("gold_hourly", 90)
+    status = json.loads((tmp_path / "gold_hourly.json").read_text())
+    left = datetime.fromisoformat(status["rests_until"]) - datetime.now(UTC)
+    assert timedelta(seconds=80) < left <= timedelta(seconds=90)
