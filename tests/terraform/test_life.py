@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import boto3
@@ -251,25 +252,37 @@ class Guests:
         return self.run(str(ROOT / ".venv/bin" / program), "-i", str(self.folder), *words)
 
 
-@pytest.mark.parametrize(("name", "first_address"), [("dev", 130), ("prod", 131)])
-def test_a_check_on_empty_machines_goes_to_the_end(lives: dict[str, Life], name: str, first_address: int) -> None:
-    """`ansible-playbook --check`, what a careful operator runs first: it tells all of it, and leaves no trace."""
-    guests = Guests(lives[name], first_address)
+def check_on_guests(life: Life, first_address: int) -> tuple[str, str]:
+    """What `ansible-playbook --check` says on empty guests, and what is new on them after it."""
+    guests = Guests(life, first_address)
     try:
         guests.run("vagrant", "up", "--no-provision")
         guests.ansible("ansible", "all", "-m", "command", "-a", "touch /tmp/before")
         said = guests.ansible("ansible-playbook", "ansible/playbooks/site.yml", "--check")
-        recap = re.findall(r"^(\S+) +: ok=\d+ +changed=(\d+) +unreachable=0 +failed=0", said, re.MULTILINE)
-        assert {host for host, changed in recap if int(changed)} == NODES[name], said
-        for service in ("zookeeper", "kafka", "spark-master", "spark-worker", "ecom-producer", "airflow-scheduler"):
-            assert f"TASK [service : Apply the configuration of {service}]" in said
-        new = guests.ansible(
-            "ansible", "all", "--become", "-m", "command", "-a", "find /etc /opt /srv /usr -newer /tmp/before"
-        )
-        assert re.findall(r"^/.*", new, re.MULTILINE) == [], new
+        find = "find /etc /opt /srv /usr -newer /tmp/before"
+        return said, guests.ansible("ansible", "all", "--become", "-m", "command", "-a", find)
     finally:
         guests.run("vagrant", "destroy", "--force")
         shutil.rmtree(guests.folder)
+
+
+@pytest.fixture(scope="module")
+def checks(lives: dict[str, Life]) -> dict[str, tuple[str, str]]:
+    """Both environments at once: most of it is waiting."""
+    with ThreadPoolExecutor() as pool:
+        running = {name: pool.submit(check_on_guests, lives[name], at) for name, at in (("dev", 130), ("prod", 131))}
+        return {name: check.result() for name, check in running.items()}
+
+
+@pytest.mark.parametrize("name", ["dev", "prod"])
+def test_a_check_on_empty_machines_goes_to_the_end(checks: dict[str, tuple[str, str]], name: str) -> None:
+    """What a careful operator runs first: it tells all of it, and leaves no trace."""
+    said, new = checks[name]
+    recap = re.findall(r"^(\S+) +: ok=\d+ +changed=(\d+) +unreachable=0 +failed=0", said, re.MULTILINE)
+    assert {host for host, changed in recap if int(changed)} == NODES[name], said
+    for service in ("zookeeper", "kafka", "spark-master", "spark-worker", "ecom-producer", "airflow-scheduler"):
+        assert f"TASK [service : Apply the configuration of {service}]" in said
+    assert re.findall(r"^/.*", new, re.MULTILINE) == [], new
 
 
 @pytest.mark.parametrize("name", ["dev", "prod"])
