@@ -93,7 +93,7 @@ def test_a_check_says_what_an_edit_would_change_and_changes_nothing(host: Host) 
     done = subprocess.run(
         ["ansible-playbook", "-i", SECRETS.parent, "ansible/playbooks/site.yml", "--check", "-e", edit],
         cwd=project,
-        env=os.environ | {"ANSIBLE_CONFIG": str(project / "ansible/ansible.cfg")},
+        env=os.environ | {"ANSIBLE_CONFIG": str(project / "ansible/ansible.cfg"), "ANSIBLE_FORCE_COLOR": "false"},
         capture_output=True,
         text=True,
         check=False,
