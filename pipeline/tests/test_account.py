@@ -21,7 +21,7 @@ from clickstream.marts import MartWriter
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from pyspark.sql import SparkSession
+    from pyspark.sql import DataFrame, SparkSession
 
     from clickstream.settings import Settings
 
@@ -183,6 +183,39 @@ def test_a_hole_is_named_until_it_is_closed(shop: Lake) -> None:
     report = shop.account()
     assert (report.ledger[0]["start_offset"], report.unexplained) == (0, [])
     assert shop.account() == account.Report([], [])
+
+
+def test_the_first_offset_is_the_streams_and_not_the_first_that_is_there(
+    spark: SparkSession, settings: Settings
+) -> None:
+    """Of a topic from which Kafka had removed the oldest records; partition 1 has none left."""
+    began = Path(settings.checkpoint(bronze.QUERY).removeprefix("file://")) / "sources/0/0"
+    began.parent.mkdir(parents=True)
+    began.write_text('\0v1\n{"topic":{"0":500,"1":7}}')
+    shop = Lake(spark, settings, Topic(spark, start=500))
+    shop.send([event(1), event(2)])
+    table = f"delta.`{settings.table('bronze.clickstream')}`"
+    shop.spark.sql(f"DELETE FROM {table} WHERE offset = 500")
+    report = shop.account(p0=502, p1=7)
+    assert [(row["partition"], row["start_offset"], row["end_offset"]) for row in report.ledger] == [(0, 500, 502)]
+    assert report.unexplained == [("topic", 0, 500)]
+
+
+def test_two_runs_that_miss_the_same_add_it_once(shop: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock is by the clock: a machine that slept has lost it without knowing."""
+    shop.send([event(9, timestamp="2025-11-29T15:00:00.000Z")], at=NOW + timedelta(hours=3))
+    shop.send([event(1), event(9)], at=NOW + timedelta(hours=3))
+    classify = account.classify
+
+    def beside_a_rival(candidates: DataFrame, known: DataFrame) -> DataFrame:
+        monkeypatch.setattr(account, "classify", classify)
+        assert candidates.count() == 2
+        assert shop.account().unexplained == []
+        return classify(candidates, known)
+
+    monkeypatch.setattr(account, "classify", beside_a_rival)
+    shop.account()
+    assert shop.places() == {0: ["events"], 1: ["events"], 2: ["conflicting_duplicate"]}
 
 
 def test_one_run_at_a_time(shop: Lake) -> None:

@@ -328,3 +328,17 @@ def test_the_command_says_what_to_do_next(
 
 def test_a_moment_needs_no_zone() -> None:
     assert cli._moment("2025-11-29T12:30") == datetime(2025, 11, 29, 12, 30, tzinfo=UTC)
+
+
+def test_an_event_that_came_back_after_the_watermark_stays(spark: SparkSession, settings: Settings) -> None:
+    """The streams had forgotten its id, so it is there twice, and the same rules do not say otherwise."""
+    shop = Shop(spark, settings, Topic(spark))
+    later = {"timestamp": "2025-11-29T15:00:00.000Z"}
+    shop.send([event(1)])
+    shop.send([event(9, **later)], at=NOW + timedelta(hours=3))
+    shop.send([event(1, **later)], at=NOW + timedelta(hours=3))
+    shop.account()
+    assert shop.places() == {0: ["events"], 1: ["events"], 2: ["events"]}
+    assert shop.backfill(version=1).differences == 0
+    assert shop.backfill(version=2).differences == 0
+    assert shop.places() == {0: ["events"], 1: ["events"], 2: ["events"]}

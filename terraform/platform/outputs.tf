@@ -40,7 +40,7 @@ locals {
       name               = "ecom_clickstream_raw"
       partitions         = 3
       replication_factor = var.kafka_replication_factor
-      configs            = { "retention.ms" = "604800000", "message.timestamp.after.max.ms" = "3600000" }
+      configs            = { "retention.ms" = "604800000", "message.timestamp.type" = "LogAppendTime" }
     }]
   }, var.inventory_variables)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -30,13 +29,13 @@ from pyspark.sql import functions as F  # noqa: N812
 from clickstream import bronze, checks, silver
 from clickstream.errors import JobError
 from clickstream.gold import in_utc
-from clickstream.lake import Table, append_once, locked
+from clickstream.lake import Table, append_once, last_version, locked
 from clickstream.marts import EVER, MartWriter, Part
 from clickstream.rules import check
 from clickstream.session import spark_session
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from pyspark.sql import Column, DataFrame, SparkSession
 
@@ -49,7 +48,7 @@ LEDGER = Table(
     """
     accounted_at TIMESTAMP, topic STRING, partition INT, start_offset BIGINT, end_offset BIGINT,
     bronze BIGINT, events BIGINT, invalid BIGINT, duplicates BIGINT, conflicting BIGINT,
-    unexplained BIGINT, ledger_date DATE
+    late_added BIGINT, unexplained BIGINT, ledger_date DATE
     """,
     partition_by=("ledger_date",),
 )
@@ -81,13 +80,48 @@ PIECE = 100_000
 Ends = dict[tuple[str, int], int]
 
 
+@dataclass(frozen=True, order=True)
+class Range:
+    """Offsets of a partition, the end not included."""
+
+    topic: str
+    partition: int
+    start: int
+    end: int
+
+
+def where(ranges: Sequence[Range]) -> str:
+    """The condition on a table with records' positions; as literals, so that files with none of them are not read."""
+    return " OR ".join(
+        f"(topic = '{r.topic}' AND `partition` = {r.partition} AND `offset` >= {r.start} AND `offset` < {r.end})"
+        for r in ranges
+    )
+
+
 @dataclass(frozen=True)
 class Report:
-    """The ledger's new rows, one a partition, with the late events this run added to silver.events; and the first
-    offsets nobody can explain."""
+    """The ledger's new rows, one a partition, and the first offsets nobody can explain. `late_added` counts the events
+    that this run added to silver.events."""
 
     ledger: list[dict[str, Any]]
     unexplained: list[tuple[str, int, int]]
+
+
+def _checkpoint(spark: SparkSession, settings: Settings, query: str) -> tuple[Any, Any]:
+    """A query's checkpoint and its file system."""
+    jvm = spark._jvm
+    assert jvm is not None
+    root = jvm.org.apache.hadoop.fs.Path(settings.checkpoint(query))
+    return root, root.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
+
+
+def _text(fs: Any, root: Any, name: str) -> str:
+    """What a file of a checkpoint says."""
+    stream = fs.open(root.suffix(f"/{name}"))
+    try:
+        return bytes(stream.readAllBytes()).decode()
+    finally:
+        stream.close()
 
 
 def last_batch(spark: SparkSession, settings: Settings, query: str) -> list[str]:
@@ -96,29 +130,37 @@ def last_batch(spark: SparkSession, settings: Settings, query: str) -> list[str]
     Of https://github.com/apache/spark: a batch N is committed when commits/N exists; offsets/N holds a version
     line, a line of metadata, and a line of JSON for each source.
     """
-    jvm = spark._jvm
-    assert jvm is not None
-    root = jvm.org.apache.hadoop.fs.Path(settings.checkpoint(query))
-    fs = root.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
-    commits = jvm.org.apache.hadoop.fs.Path(root, "commits")
+    root, fs = _checkpoint(spark, settings, query)
+    commits = root.suffix("/commits")
     if not fs.exists(commits):
         return []
     batches = [int(name) for status in fs.listStatus(commits) if (name := status.getPath().getName()).isdigit()]
     if not batches:
         return []
-    stream = fs.open(jvm.org.apache.hadoop.fs.Path(root, f"offsets/{max(batches)}"))
-    try:
-        text = jvm.org.apache.commons.io.IOUtils.toString(stream, "UTF-8")
-    finally:
-        stream.close()
-    return list(text.strip().splitlines())
+    return _text(fs, root, f"offsets/{max(batches)}").strip().splitlines()
+
+
+def _ends(line: str) -> Ends:
+    """Offsets as Spark's source of Kafka writes them."""
+    return {(topic, int(p)): int(end) for topic, found in json.loads(line).items() for p, end in found.items()}
+
+
+def began(spark: SparkSession, settings: Settings, query: str) -> Ends:
+    """With which offsets a stream that reads Kafka began, from its checkpoint, without partitions that came later.
+
+    Of https://github.com/apache/spark, KafkaSourceInitialOffsetWriter: sources/0/0 holds a zero byte, a version line
+    and a line of JSON.
+    """
+    root, fs = _checkpoint(spark, settings, query)
+    if not fs.exists(root.suffix("/sources/0/0")):
+        return {}
+    return _ends(_text(fs, root, "sources/0/0").splitlines()[-1])
 
 
 def committed(spark: SparkSession, settings: Settings, query: str) -> Ends:
     """Up to which offset (exclusive) a stream that reads Kafka has committed, from its checkpoint; empty before."""
     lines = last_batch(spark, settings, query)
-    ends = json.loads(lines[-1]) if lines else {}
-    return {(topic, int(p)): int(end) for topic, found in ends.items() for p, end in found.items()}
+    return _ends(lines[-1]) if lines else {}
 
 
 def watermark(spark: SparkSession, settings: Settings, query: str) -> datetime | None:
@@ -194,35 +236,21 @@ def accounted(spark: SparkSession, settings: Settings) -> DataFrame:
     )
 
 
-def _ranges(spark: SparkSession, settings: Settings, ends: Mapping[tuple[str, int], int]) -> DataFrame:
-    """From where to where each partition is to be accounted for: topic, partition, start, end (exclusive)."""
-    rows = [(topic, partition, end) for (topic, partition), end in sorted(ends.items())]
-    until = spark.createDataFrame(rows, "topic STRING, partition INT, end BIGINT")
-    first = bronze.CLICKSTREAM.read(spark, settings).groupBy("topic", "partition").agg(F.min("offset").alias("first"))
-    found = (
-        until.join(accounted(spark, settings), ["topic", "partition"], "left")
-        .join(first, ["topic", "partition"], "left")
-        .select("topic", "partition", F.coalesce("accounted", "first", F.lit(0)).alias("start"), "end")
-        .where("end > start")
-        .collect()
-    )
-    return spark.createDataFrame([tuple(row) for row in found], "topic STRING, partition INT, start BIGINT, end BIGINT")
+def _ranges(spark: SparkSession, settings: Settings, ends: Mapping[tuple[str, int], int]) -> list[Range]:
+    """From where to where each partition is to be accounted for."""
+    done = {(row["topic"], row["partition"]): row["accounted"] for row in accounted(spark, settings).collect()}
+    # From Bronze's first offset by its checkpoint, not by its rows: that these begin later is a hole.
+    start = began(spark, settings, bronze.QUERY) | done
+    return [Range(*key, start.get(key, 0), end) for key, end in sorted(ends.items()) if end > start.get(key, 0)]
 
 
-def within(rows: DataFrame, ranges: DataFrame) -> DataFrame:
-    return (
-        rows.join(F.broadcast(ranges), ["topic", "partition"])
-        .where((F.col("offset") >= F.col("start")) & (F.col("offset") < F.col("end")))
-        .drop("start", "end")
-    )
-
-
-def _missing(spark: SparkSession, settings: Settings, ranges: DataFrame) -> DataFrame:
+def _missing(spark: SparkSession, settings: Settings, ranges: Sequence[Range]) -> DataFrame:
     """Bronze's records that Silver has nowhere, with the rules' verdict."""
-    known = silver.EVENTS.read(spark, settings).select(*POSITION)
-    known = known.unionByName(silver.REJECTS.read(spark, settings).select(*POSITION))
-    archived = within(bronze.CLICKSTREAM.read(spark, settings), ranges)
-    return judged(archived.join(within(known, ranges), list(POSITION), "left_anti"), settings)
+    condition = where(ranges)
+    known = silver.EVENTS.read(spark, settings).where(condition).select(*POSITION)
+    known = known.unionByName(silver.REJECTS.read(spark, settings).where(condition).select(*POSITION))
+    archived = bronze.CLICKSTREAM.read(spark, settings).where(condition)
+    return judged(archived.join(known, list(POSITION), "left_anti"), settings)
 
 
 def judged(archived: DataFrame, settings: Settings) -> DataFrame:
@@ -258,9 +286,20 @@ def rejects(rows: DataFrame, disposition: str | Column, settings: Settings) -> D
     )
 
 
-def complete(spark: SparkSession, settings: Settings, ranges: DataFrame) -> Counter[tuple[str, int]]:
+def _writer(table: Table) -> str:
+    return f"account/{table.name}"
+
+
+def next_version(spark: SparkSession, settings: Settings, table: Table) -> int:
+    """The number of this job's next append to a table."""
+    return last_version(spark, settings.table(table.name), _writer(table)) + 1
+
+
+def complete(spark: SparkSession, settings: Settings, ranges: Sequence[Range]) -> Counter[tuple[str, int]]:
     """Puts every offset of the ranges that Silver lacks where it belongs. Returns how many late events were added
     to each topic and partition."""
+    # Before what is missing is asked for: of two runs that both ask, one finds its version taken and adds nothing.
+    version = {table: next_version(spark, settings, table) for table in silver.TABLES}
     checked = _missing(spark, settings, ranges).persist()
     try:
         invalid = checked.where(F.size("codes") > 0)
@@ -273,10 +312,9 @@ def complete(spark: SparkSession, settings: Settings, ranges: DataFrame) -> Coun
                 rejects(classified.where(F.col("disposition") != LATE), F.col("disposition"), settings)
             )
             # Rejects first: what a crash leaves undone is missing still, and the next run finds it.
-            version = time.time_ns() // 1_000_000
             for table, rows in ((silver.REJECTS, dropped), (silver.EVENTS, silver.events(late, settings))):
                 if not rows.isEmpty():
-                    append_once(rows.coalesce(1), settings.table(table.name), f"account/{table.name}", version)
+                    append_once(rows.coalesce(1), settings.table(table.name), _writer(table), version[table])
         finally:
             classified.unpersist()
     finally:
@@ -284,13 +322,17 @@ def complete(spark: SparkSession, settings: Settings, ranges: DataFrame) -> Coun
     return added
 
 
-def ledger(spark: SparkSession, settings: Settings, ranges: DataFrame) -> tuple[DataFrame, DataFrame]:
+def ledger(spark: SparkSession, settings: Settings, ranges: Sequence[Range]) -> tuple[DataFrame, DataFrame]:
     """The conservation law over these ranges: a row of counts for each, and the offsets that break it."""
-    archived = within(bronze.CLICKSTREAM.read(spark, settings).select(*POSITION), ranges)
-    events = within(silver.EVENTS.read(spark, settings).select(*POSITION), ranges).withColumn("kind", F.lit("events"))
-    refused = within(silver.REJECTS.read(spark, settings).select(*POSITION, F.col("disposition").alias("kind")), ranges)
+    condition = where(ranges)
+    archived = bronze.CLICKSTREAM.read(spark, settings).where(condition).select(*POSITION)
+    events = silver.EVENTS.read(spark, settings).where(condition).select(*POSITION, F.lit("events").alias("kind"))
+    refused = silver.REJECTS.read(spark, settings).where(condition)
+    refused = refused.select(*POSITION, F.col("disposition").alias("kind"))
+    rows = [(r.topic, r.partition, r.start, r.end) for r in ranges]
     expected = (
-        ranges.select("topic", "partition", "end", F.explode(F.expr(f"sequence(start, end - 1, {PIECE})")).alias("at"))
+        spark.createDataFrame(rows, "topic STRING, partition INT, start BIGINT, end BIGINT")
+        .select("topic", "partition", "end", F.explode(F.expr(f"sequence(start, end - 1, {PIECE})")).alias("at"))
         .repartition(spark.sparkContext.defaultParallelism)
         .select("topic", "partition", F.explode(F.expr(f"sequence(at, least(at + {PIECE}, end) - 1)")).alias("offset"))
     )
@@ -330,39 +372,28 @@ def account(spark: SparkSession, settings: Settings, ends: Mapping[tuple[str, in
     for table in (*silver.TABLES, LEDGER):
         table.ensure(spark, settings)
     ranges = _ranges(spark, settings, ends)
-    if ranges.isEmpty():
+    if not ranges:
         return Report([], [])
+    log.info("%d offsets of %d partitions to account for", sum(r.end - r.start for r in ranges), len(ranges))
     added = complete(spark, settings, ranges)
+    log.info("%d late events added to silver.events; counting every offset", added.total())
+    version = next_version(spark, settings, LEDGER)
     sums, broken = ledger(spark, settings, ranges)
-    rows = (
-        ranges.join(sums, ["topic", "partition"])
-        .select(
-            F.current_timestamp().alias("accounted_at"),
-            "topic",
-            "partition",
-            F.col("start").alias("start_offset"),
-            F.col("end").alias("end_offset"),
-            "bronze",
-            "events",
-            "invalid",
-            "duplicates",
-            "conflicting",
-            "unexplained",
-            F.current_date().alias("ledger_date"),
-        )
-        .collect()
-    )
-    entries = spark.createDataFrame([tuple(row) for row in rows], LEDGER.schema)
-    append_once(entries.coalesce(1), settings.table(LEDGER.name), f"account/{LEDGER.name}", time.time_ns() // 1_000_000)
-    named: list[tuple[str, int, int]] = []
-    if any(row["unexplained"] for row in rows):
-        named = [tuple(row) for row in broken.orderBy(*POSITION).limit(NAMED).collect()]
+    counts = {(row["topic"], row["partition"]): row.asDict() for row in sums.collect()}
+    now = datetime.now(UTC)
     listed = [
-        {name: value for name, value in row.asDict().items() if name not in ("accounted_at", "ledger_date")}
-        | {"late_added": added[row["topic"], row["partition"]]}
-        for row in sorted(rows, key=lambda row: (row["topic"], row["partition"]))
+        counts[r.topic, r.partition]
+        | {"start_offset": r.start, "end_offset": r.end, "late_added": added[r.topic, r.partition]}
+        for r in ranges
     ]
-    return Report(listed, named)
+    names = LEDGER.schema.names
+    rows = [tuple((row | {"accounted_at": now, "ledger_date": now.date()})[name] for name in names) for row in listed]
+    entries = spark.createDataFrame(rows, LEDGER.schema)
+    append_once(entries.coalesce(1), settings.table(LEDGER.name), _writer(LEDGER), version)
+    named: list[tuple[str, int, int]] = []
+    if any(row["unexplained"] for row in listed):
+        named = [tuple(row) for row in broken.orderBy(*POSITION).limit(NAMED).collect()]
+    return Report([{name: row[name] for name in names if name in row} for row in listed], named)
 
 
 def publish(spark: SparkSession, settings: Settings, marts: MartWriter) -> None:

@@ -22,7 +22,7 @@ from delta.tables import DeltaTable
 from pyspark.sql import functions as F  # noqa: N812
 
 from clickstream import account, bronze, silver
-from clickstream.account import POSITION
+from clickstream.account import POSITION, Range, where
 from clickstream.errors import JobError
 from clickstream.lake import Table, append_once, locked, utc
 from clickstream.session import spark_session
@@ -51,16 +51,6 @@ BEGUN, DONE, ROLLING_BACK, ROLLED_BACK = "begun", "done", "rolling back", "rolle
 EVENT = "event"
 # How many of the records that change are named.
 NAMED = 20
-
-
-@dataclass(frozen=True, order=True)
-class Range:
-    """Offsets of a partition, the end not included."""
-
-    topic: str
-    partition: int
-    start: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -126,14 +116,6 @@ def closed(
     return sorted(found), left_out
 
 
-def where(ranges: Sequence[Range]) -> str:
-    """The condition on a table with records' positions."""
-    return " OR ".join(
-        f"(topic = '{r.topic}' AND `partition` = {r.partition} AND `offset` >= {r.start} AND `offset` < {r.end})"
-        for r in ranges
-    )
-
-
 @dataclass(frozen=True)
 class Rows:
     """What Silver has of some offsets: rows of silver.events and of silver.rejects."""
@@ -186,8 +168,9 @@ class Rows:
 def judge(archived: DataFrame, served: DataFrame, others: DataFrame, settings: Settings) -> DataFrame:
     """The `disposition` of Bronze's records by the settings' rules, with what the rows of Silver are made of. Pure.
 
-    `served` are their events that are in Silver, `others` those of all other records. Of several records with one id
-    that of `others` counts, else the one that is in Silver and still valid, else the earliest.
+    `served` are their events that are in Silver, `others` those of all other records. An event that is in Silver and
+    still valid stays one: an id that came back after the stream had forgotten it is there twice. Of several others with
+    one id that of `others` counts, else the one that is in Silver, else the earliest.
     """
     known = served.select(*POSITION, F.lit(True).alias("served"))
     checked = account.judged(archived, settings).join(known, list(POSITION), "left").fillna(False, ["served"])
@@ -195,7 +178,7 @@ def judge(archived: DataFrame, served: DataFrame, others: DataFrame, settings: S
     place = F.col("disposition")
     return (
         account.classify(checked.where(F.size("codes") == 0), others)
-        .withColumn("disposition", F.when(place == account.LATE, F.lit(EVENT)).otherwise(place))
+        .withColumn("disposition", F.when(F.col("served") | (place == account.LATE), F.lit(EVENT)).otherwise(place))
         .unionByName(invalid)
     )
 
@@ -360,6 +343,12 @@ def backfill(
         ranges,
         _version(spark, settings, silver.EVENTS),
         _version(spark, settings, silver.REJECTS),
+    )
+    log.info(
+        "%d records of %d partitions, by rule set %d",
+        sum(r.end - r.start for r in ranges),
+        len(ranges),
+        settings.ruleset_version,
     )
     served = Rows.served(spark, settings, ranges, entry.events_version, entry.rejects_version)
     with _judged(spark, settings, ranges, entry.events_version, served) as rows:

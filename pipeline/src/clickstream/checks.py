@@ -66,6 +66,7 @@ LEDGER = Mart(
         "invalid",
         "duplicates",
         "conflicting",
+        "late_added",
         "unexplained",
     ),
     key=("accounted_at", "topic", "partition"),
@@ -81,10 +82,13 @@ LEDGER = Mart(
             invalid      bigint      NOT NULL,
             duplicates   bigint      NOT NULL,
             conflicting  bigint      NOT NULL,
+            late_added   bigint,
             unexplained  bigint      NOT NULL,
             updated_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
             PRIMARY KEY (accounted_at, topic, partition)
         )""",
+        # Of a release that did not count them.
+        "ALTER TABLE {table} ADD COLUMN IF NOT EXISTS late_added bigint",
     ),
     time="accounted_at",
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import signal
 import sys
 from dataclasses import fields
 from datetime import UTC, date, datetime, timedelta
@@ -28,6 +27,7 @@ log = logging.getLogger("clickstream")
 STREAMS = ("bronze", "silver", "gold", "gold_hourly")
 # What `recompute` computes.
 GOLD = ("gold.product_funnel_1m", "gold.product_funnel_1h", "gold.conversion_1h", "gold.sessions")
+MINUTES = GOLD[0]
 QUALITY_COLUMNS = ("check_name", "subject", "status", "value", "threshold")
 # The settings that are worth a flag; every other one has its variable.
 FLAGS = ("lake_uri", "bootstrap_servers", "topic", "spark_master", "marts_dsn", "status_dir")
@@ -310,6 +310,7 @@ def _report(report: dict[str, Any], as_json: bool) -> int:
 
 
 def _print_recomputed(report: dict[str, Any], as_json: bool) -> int:
+    changed = [line for line in report["lines"] if line["missing"] or line["surplus"] or line["differing"]]
     if as_json:
         print(json.dumps(report))
     else:
@@ -319,6 +320,12 @@ def _print_recomputed(report: dict[str, Any], as_json: bool) -> int:
                 print(f"{line['table']} ({line['place']}) differs at {key}")
         done = "replaced" if report["swapped"] else "nothing was changed"
         print(f"{report['start']} to {report['end']}: {report['differences']} differences, {done}")
+    if report["swapped"] and any(line["table"] == MINUTES and line["place"] == "delta" for line in changed):
+        print(
+            "clickstream: final minutes changed, and gold.product_alerts was found in those of before; to find its "
+            "episodes anew: clickstream alerts --rebuild",
+            file=sys.stderr,
+        )
     if report["refused"]:
         print(
             f"clickstream: {report['unexpected']} differences are more than --max-differences allows: nothing was "
@@ -461,6 +468,70 @@ def _without_spark(args: argparse.Namespace, settings: Settings) -> int:
         return _marts_away(settings, error)
 
 
+def _with_spark(args: argparse.Namespace, settings: Settings) -> int:
+    """The bounded jobs; 128 and the signal's number when told to stop."""
+    from py4j.protocol import Py4JJavaError
+    from pyspark.errors import PySparkException
+
+    from clickstream import stopping
+
+    try:
+        return _run(args, settings)
+    except (PySparkException, Py4JJavaError):
+        if (number := stopping.told()) is None:
+            raise
+        print(f"clickstream: {args.command} was told to stop; run it again to go on", file=sys.stderr)
+        return 128 + number
+
+
+def _run(args: argparse.Namespace, settings: Settings) -> int:
+    if args.command == "account":
+        from clickstream import account
+
+        return _report(account.run(settings), args.json)
+    if args.command == "recompute":
+        from clickstream import recompute
+
+        span = recompute.Span(args.start, args.end)
+        found = recompute.run(settings, span, args.tables, dry_run=args.dry_run, max_differences=args.max_differences)
+        return _print_recomputed(found, args.json)
+    if args.command == "backfill":
+        from clickstream import backfill
+
+        report = backfill.run(
+            settings,
+            args.ruleset or settings.ruleset_version,
+            args.start,
+            args.end,
+            dry_run=args.dry_run,
+            rollback=args.rollback,
+        )
+        return _print_backfilled(report, args.json, settings.ruleset_version, args.rollback)
+    if args.command == "alerts":
+        from clickstream import alerts
+
+        episodes = alerts.run(settings, rebuild=args.rebuild)
+        if args.json:
+            print(json.dumps(episodes, default=str))
+        else:
+            _print_table(episodes, "no product stands out")
+        return 0
+    if args.command == "compact":
+        from clickstream import compact
+
+        results = compact.run(settings, args.vacuum)
+        if args.json:
+            print(json.dumps(results))
+        else:
+            _print_table(results)
+        return 0
+    if args.command == "quality":
+        from clickstream import quality
+
+        return _print_quality(quality.run(settings), args.json)
+    raise AssertionError(args.command)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
@@ -505,56 +576,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from py4j.protocol import Py4JJavaError
     from pyspark.errors import PySparkException
 
-    # As an exception, so that a job that is stopped gives its locks back.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    from clickstream import stopping
+
     try:
-        if args.command == "account":
-            from clickstream import account
-
-            return _report(account.run(settings), args.json)
-        if args.command == "recompute":
-            from clickstream import recompute
-
-            span = recompute.Span(args.start, args.end)
-            found = recompute.run(
-                settings, span, args.tables, dry_run=args.dry_run, max_differences=args.max_differences
-            )
-            return _print_recomputed(found, args.json)
-        if args.command == "backfill":
-            from clickstream import backfill
-
-            report = backfill.run(
-                settings,
-                args.ruleset or settings.ruleset_version,
-                args.start,
-                args.end,
-                dry_run=args.dry_run,
-                rollback=args.rollback,
-            )
-            return _print_backfilled(report, args.json, settings.ruleset_version, args.rollback)
-        if args.command == "alerts":
-            from clickstream import alerts
-
-            episodes = alerts.run(settings, rebuild=args.rebuild)
-            if args.json:
-                print(json.dumps(episodes, default=str))
-            else:
-                _print_table(episodes, "no product stands out")
-            return 0
-        if args.command == "compact":
-            from clickstream import compact
-
-            results = compact.run(settings, args.vacuum)
-            if args.json:
-                print(json.dumps(results))
-            else:
-                _print_table(results)
-            return 0
-        if args.command == "quality":
-            from clickstream import quality
-
-            return _print_quality(quality.run(settings), args.json)
+        with stopping.in_order():
+            return _with_spark(args, settings)
     except (JobError, ParameterError, SettingsError) as error:
         print(f"clickstream: {error}", file=sys.stderr)
         if isinstance(error, RefusedError):
@@ -564,7 +590,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _marts_away(settings, error)
     except (PySparkException, Py4JJavaError) as error:
         return _spark_failed(error)
-    raise AssertionError(args.command)
 
 
 if __name__ == "__main__":

@@ -183,7 +183,11 @@ def compact(spark: SparkSession, settings: Settings, vacuum: bool = True) -> lis
         if not DeltaTable.isDeltaTable(spark, settings.table(table.name)):
             log.warning("%s does not exist yet", table.name)
             continue
-        results.append(compact_table(spark, settings, table, vacuum))
+        result = compact_table(spark, settings, table, vacuum)
+        log.info(
+            "%s: %d files, %d before, in %.1f s", table.name, result.files_after, result.files_before, result.seconds
+        )
+        results.append(result)
     return results
 
 

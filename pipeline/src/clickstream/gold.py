@@ -18,7 +18,7 @@ import numpy as np
 from pyspark.sql import functions as F  # noqa: N812
 from pyspark.sql.types import StructType
 
-from clickstream import silver
+from clickstream import metrics, silver
 from clickstream.lake import Table, utc
 from clickstream.live import Groups, LiveWindows, Partition, Shares, Touched, touched, up_to
 from clickstream.marts import Mart, MartWriter
@@ -492,6 +492,7 @@ class GoldWriter:
             columns = windowed.mart.columns[:-1]
             rows = [(*(row[name] for name in columns), False) for window in windows for row in live.rows(window)]
             self._marts.replace_windows(windowed.mart, windows, rows)
+            metrics.ROWS_WRITTEN.labels(windowed.table.name).inc(len(rows))
         live.trim()
 
     def _refresh(self, windowed: Windowed, windows: Iterable[datetime], *, final: bool) -> None:
@@ -537,6 +538,7 @@ class GoldWriter:
             self._archive(windowed.table, rows, windows)
         if self._marts is not None:
             self._marts.replace_windows(windowed.mart, windows, [(*row, final) for row in rows])
+        metrics.ROWS_WRITTEN.labels(windowed.table.name).inc(len(rows))
 
     def _archive(self, table: Table, rows: list[tuple[Any, ...]], windows: Sequence[datetime]) -> None:
         figures = StructType(table.schema.fields[:-1])

@@ -212,6 +212,19 @@ def append_once(df: DataFrame, path: str, app_id: str, version: int) -> None:
     (df.write.format("delta").mode("append").option("txnAppId", app_id).option("txnVersion", version).save(path))
 
 
+def last_version(spark: SparkSession, path: str, app_id: str) -> int:
+    """The version of this application's last `append_once` to a table; -1 before the first.
+
+    Of https://github.com/delta-io/delta: a snapshot's `transactions` are the versions by application.
+    """
+    jvm = spark._jvm
+    assert jvm is not None
+    log_of = jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, path)
+    none = jvm.scala.Option.empty()
+    found = log_of.update(False, none, none).transactions().get(app_id)
+    return int(found.get()) if found.isDefined() else -1
+
+
 def query_id(spark: SparkSession) -> str:
     """Inside foreachBatch, the identity that the query's checkpoint carries.
 

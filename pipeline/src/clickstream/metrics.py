@@ -11,11 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from clickstream import bronze
+
 if TYPE_CHECKING:
     from pyspark.sql.streaming.listener import StreamingQueryProgress
 
 ROWS_READ = Counter("clickstream_rows_read", "Rows that a query read from its source.", ["query"])
-ROWS_WRITTEN = Counter("clickstream_rows_written", "Rows appended to a table of Silver.", ["table"])
+ROWS_WRITTEN = Counter(
+    "clickstream_rows_written",
+    "Rows that a query appended to a table of Bronze or Silver, or wrote to one of Gold, final or live.",
+    ["table"],
+)
 REJECTS = Counter("clickstream_rejects", "Rejected records by rule; one record may fail several.", ["code"])
 # Batches take from some tenths of a second to, in a catch-up, minutes.
 BATCH_SECONDS = Histogram(
@@ -36,6 +42,9 @@ OFFSETS_BEHIND = Gauge(
 def observe(name: str, progress: StreamingQueryProgress, extra: dict[str, Any]) -> None:
     """Take over what Spark says of a query's batch, and what the query says of itself."""
     ROWS_READ.labels(name).inc(max(0, progress.numInputRows))
+    if name == bronze.QUERY:
+        # It keeps what it reads, all of it.
+        ROWS_WRITTEN.labels(bronze.CLICKSTREAM.name).inc(max(0, progress.numInputRows))
     BATCH_SECONDS.labels(name).observe(progress.batchDuration / 1000)
     watermark = progress.eventTime.get("watermark")
     # Before the first event it is 1970.

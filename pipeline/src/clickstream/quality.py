@@ -20,7 +20,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import Window
 from pyspark.sql import functions as F  # noqa: N812
 
-from clickstream import bronze, checks, gold, sessions, silver
+from clickstream import bronze, checks, gold, sessions, silver, stopping
 from clickstream.checks import FAIL, Check
 from clickstream.lake import utc
 from clickstream.limits import QualityLimits
@@ -259,9 +259,12 @@ def measure(
     lake = Lake(spark, settings, limits, now)
 
     def attempt(name: str, subject: str, work: Callable[[], list[Check]]) -> list[Check]:
+        log.info("%s of %s", name, subject)
         try:
             return work()
         except (PySparkException, Py4JJavaError) as error:
+            if stopping.told():
+                raise
             said = " ".join(str(error).split())[:300]
             log.exception("%s of %s", name, subject)
             return [Check(name, subject, FAIL, None, None, f"it cannot be read; the job's log says more: {said}")]

@@ -278,8 +278,10 @@ def recompute(
             log.warning("CLICKSTREAM_MARTS_DSN is not set: no Postgres mart is compared")
 
         def reconcile(*, swap: bool) -> list[Line]:
-            found = marts.reconcile(parts, swap=swap) if parts else []
-            return [Line.of(target, "mart", rows, one) for (target, _, rows), one in zip(shadows, found, strict=False)]
+            if not parts:
+                return []
+            found = zip(shadows, marts.reconcile(parts, swap=swap), strict=True)
+            return [Line.of(target, "mart", rows, one) for (target, _, rows), one in found]
 
         in_marts = reconcile(swap=False) if dry_run or max_differences is not None else []
         total = sum(line.unexpected for line in (*lines, *in_marts))

@@ -109,11 +109,13 @@ def start_query(
 
 def _serve_metrics(port: int, names: Sequence[str], version: int) -> None:
     """Answers scrapes at a port; a series is there from the start, so that its first increase is seen as one."""
+    written = {bronze.QUERY: bronze.TABLES, silver.QUERY: silver.TABLES}
+    written |= {query: tuple(windowed.table for windowed in tables) for query, tables in gold.QUERIES.items()}
     for name in names:
         metrics.ROWS_READ.labels(name)
-    if silver.QUERY in names:
-        for table in silver.TABLES:
+        for table in written[name]:
             metrics.ROWS_WRITTEN.labels(table.name)
+    if silver.QUERY in names:
         for rule in RULES:
             if rule.applies(version):
                 metrics.REJECTS.labels(rule.code)
@@ -184,7 +186,10 @@ def _stop(queries: Sequence[StreamingQuery]) -> None:
         late = time.monotonic() > deadline
         for query in list(running):
             if late or not query.isActive or not query.status["isTriggerActive"]:
-                query.stop()
+                try:
+                    query.stop()
+                except Exception as error:  # it did not end in time: the next start replays its batch
+                    log.warning("query %s did not stop: %s", query.name, next(iter(str(error).splitlines()), ""))
                 running.remove(query)
         time.sleep(0.02)
 
