@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 from confluent_kafka import Consumer, Producer
-from kafka import KafkaConsumer, TopicPartition
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.errors import MessageSizeTooLargeError
 from kafka.future import Future
 from kafka.partitioner.default import murmur2
@@ -25,7 +27,7 @@ from clickstream.producer import parse_args
 from clickstream.shop import Shop
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 TOPIC = "clicks"
 
@@ -52,6 +54,10 @@ def stored_as_the_other_client_reads(cluster: str, count: int) -> list[bytes]:
         found += [message.value for batch in messages.values() for message in batch]
     consumer.close()
     return found
+
+
+def as_the_mock_cluster_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clients, "KafkaProducer", partial(KafkaProducer, api_version=(2, 1)))
 
 
 def ignore(error: ClientError) -> None: ...
@@ -199,19 +205,45 @@ def test_a_record_that_is_too_large_fails_alone(
     assert json.loads(state.read_text())["rows"] == 9
 
 
+@contextlib.contextmanager
+def a_broker_that_leaves() -> Iterator[tuple[str, Callable[[], None]]]:
+    """A mock cluster's only address, and what takes it away."""
+    owners = [Producer({"bootstrap.servers": "none:1", "test.mock.num.brokers": 1, "log_level": 0})]
+    (broker,) = owners[0].list_topics(TOPIC, timeout=10).brokers.values()
+    yield f"{broker.host}:{broker.port}", owners.clear
+
+
 def test_what_no_broker_took_is_answered_as_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clients, "DELIVERY_TIMEOUT_MS", 1_000)
-    owner = Producer({"bootstrap.servers": "none:1", "test.mock.num.brokers": 1, "log_level": 0})
-    (broker,) = owner.list_topics(TOPIC, timeout=10).brokers.values()
     complaints: list[ClientError] = []
-    client = clients.connect("confluent", [f"{broker.host}:{broker.port}"], TOPIC, complaints.append)
-    del owner  # and the broker with it
-    answers: list[ClientError | None] = []
-    for number in range(10):
-        client.send(b"user_%04d" % number, b"{}", lambda error, *_: answers.append(error))
-    client.close(20)
+    with a_broker_that_leaves() as (address, leave):
+        client = clients.connect("confluent", [address], TOPIC, complaints.append)
+        leave()
+        answers: list[ClientError | None] = []
+        for number in range(10):
+            client.send(b"user_%04d" % number, b"{}", lambda error, *_: answers.append(error))
+        client.close(20)
     assert [error and error.cause for error in answers] == ["_MSG_TIMED_OUT"] * 10
     assert {error.cause for error in complaints} >= {"_ALL_BROKERS_DOWN"}
+
+
+@pytest.mark.parametrize("name", clients.NAMES)
+def test_a_client_whose_broker_has_left_is_closed_and_every_record_answered(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clients, "CLOSE_SECONDS", 1.0)
+    as_the_mock_cluster_is_asked(monkeypatch)
+    answers: list[ClientError | None] = []
+    with a_broker_that_leaves() as (address, leave):
+        client = clients.connect(name, [address], TOPIC, ignore)
+        answered = threading.Event()
+        client.send(b"user_0001", b"{}", lambda error, *_: answered.set())
+        assert answered.wait(20)
+        leave()
+        for number in range(10):
+            client.send(b"user_%04d" % number, b"{}", lambda error, *_: answers.append(error))
+        client.close(0.2)
+    assert len([error for error in answers if error]) == 10
 
 
 def test_a_topic_that_is_not_there_is_named(cluster: str) -> None:

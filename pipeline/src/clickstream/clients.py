@@ -31,6 +31,8 @@ RETRY_BACKOFF_MS = 500
 DELIVERY_TIMEOUT_MS = 120_000
 # Records wait this long for others to fill a batch, which makes many small requests few.
 LINGER_MS = 20
+# How long a client may take to end, after the time it has for its answers.
+CLOSE_SECONDS = 5.0
 # What the clients and the broker say of a record that no retry would make them take, by either client's name for it.
 REFUSALS: Final = frozenset(
     {
@@ -111,9 +113,15 @@ class KafkaPython:
         future.add_errback(lambda error: answer(done, ClientError.of_kafka_python(error)))
 
     def close(self, timeout: float) -> None:
-        with contextlib.suppress(KafkaError):  # what has no answer is counted by who waits for it
+        with contextlib.suppress(KafkaError):  # what has no answer by then gets one below
             self._producer.flush(timeout=timeout)
-        self._producer.close(timeout=5)
+        try:
+            self._producer.close(timeout=CLOSE_SECONDS)
+        except KafkaError:
+            # It waits for answers once more, and gives up before it has closed anything. Its thread does not end, and
+            # may answer after the account is closed: what has no answer gets one now, that it is given up.
+            self._producer._sender.force_close()
+            self._producer._sender.join(CLOSE_SECONDS)
 
 
 class Confluent:
@@ -185,7 +193,7 @@ class Confluent:
         self._poller.join()
         # What has no answer gets one now: that it is given up.
         self._producer.purge()
-        self._producer.flush(5)
+        self._producer.flush(CLOSE_SECONDS)
 
 
 def connect(name: str, servers: Sequence[str], topic: str, complain: Complain) -> Client:
