@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import json
 import os
@@ -12,10 +13,11 @@ import threading
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import confluent_kafka
 import pytest
-from confluent_kafka import Consumer, Producer
+from confluent_kafka import Consumer, KafkaError, Producer
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.errors import MessageSizeTooLargeError
 from kafka.future import Future
@@ -244,6 +246,42 @@ def test_a_client_whose_broker_has_left_is_closed_and_every_record_answered(
             client.send(b"user_%04d" % number, b"{}", lambda error, *_: answers.append(error))
         client.close(0.2)
     assert len([error for error in answers if error]) == 10
+
+
+def fail_for_good(client: clients.Client, message: bytes) -> None:
+    """Makes librdkafka meet a fatal error, by its own function for tests."""
+    assert isinstance(client, clients.Confluent)
+    (path,) = (Path(confluent_kafka.__file__).parents[1] / "confluent_kafka.libs").glob("librdkafka*")
+    library = ctypes.CDLL(str(path))
+    library.rd_kafka_test_fatal_error.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p]
+    handle = ctypes.c_void_p.from_address(id(client._producer) + object.__basicsize__)  # the object's first field
+    library.rd_kafka_test_fatal_error(handle, KafkaError.OUT_OF_ORDER_SEQUENCE_NUMBER, message)
+
+
+def test_an_endless_run_goes_on_with_a_new_client_after_a_fatal_error(
+    cluster: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made: list[clients.Client] = []
+    connect = clients.connect
+
+    def watched(*arguments: Any) -> clients.Client:
+        made.append(connect(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(clients, "connect", watched)
+    stop = threading.Event()
+    options = parse_args(
+        ["--client", "confluent", "--topic", TOPIC, "--bootstrap-servers", cluster, "--duration", "0", "--quiet"]
+    )
+    sender = producer.Sender(options, stop, producer.Console())
+    assert sender.connect()
+    records = options.records()
+    fail_for_good(made[0], b"made up")
+    assert sender.send(records)
+    sender.close()
+    assert len(made) == 2
+    assert (sender.sent, sender.failed) == (1, 0)
+    assert "OUT_OF_ORDER_SEQUENCE_NUMBER: test_fatal_error: made up" in [r.getMessage() for r in caplog.records]
 
 
 def test_a_topic_that_is_not_there_is_named(cluster: str) -> None:
