@@ -203,6 +203,7 @@ class Sender:
         self._causes: Counter[str] = Counter()
         self._refusals: Counter[str] = Counter()
         self._client: clients.Client | None = None
+        self.watchdog = sdnotify.Watchdog()
         self.truth: TruthFile | None = None
         self.sent = 0
         self.failed = 0
@@ -227,7 +228,7 @@ class Sender:
                 self._complain(error)
                 if self._options.bounded and time.monotonic() > deadline:
                     return False
-                self._stop.wait(2.0)
+                self.watchdog.wait(self._stop, 2.0)
         return False
 
     def _done(self, record: Record, error: ClientError | None, partition: int, offset: int) -> None:
@@ -248,17 +249,17 @@ class Sender:
         if error:
             return
         if first:
-            sdnotify.notify("READY=1")
+            self.watchdog.ready()
         if not self._options.quiet:
             self._console.say(sent_line(record.event, partition, offset) + fault_note(record.truth))
 
-    def wait_for_room(self, watchdog: sdnotify.Watchdog) -> None:
+    def wait_for_room(self) -> None:
         """Blocks while too much is unacknowledged: a broker that is away slows the shop, not fills memory."""
         started, told = time.monotonic(), False
         with self._changed:
             while self._pending >= self._options.max_unacknowledged and not self._stop.is_set():
                 self._changed.wait(0.5)
-                watchdog.ping()
+                self.watchdog.ping()
                 if not told and time.monotonic() - started > 2:
                     told = True
                     log.warning("waiting for the broker: %d events are not acknowledged yet", self._pending)
@@ -289,7 +290,7 @@ class Sender:
                     client.close(timeout=5)
                     if not self.connect():
                         return False
-                self._stop.wait(1.0)
+                self.watchdog.wait(self._stop, 1.0)
                 continue
             return True
         return True
@@ -322,7 +323,6 @@ def tell_progress(
 
 def produce(options: Options, sender: Sender, stop: threading.Event) -> bool:
     """Sends each record when it is due; False when a bounded run should end because no broker takes it."""
-    watchdog = sdnotify.Watchdog()
     records = options.records()
     pacer = Pacer()
     next_status = 0.0
@@ -331,12 +331,12 @@ def produce(options: Options, sender: Sender, stop: threading.Event) -> bool:
         if delay > TOLD_WAIT_SECONDS:
             log.warning("the next event is due in %.0f s, at %s", delay, iso_millis(pacer.at(due)))
         # Shorter waits than this cost more than they are worth: what is due meanwhile follows at once.
-        if (delay and stop.wait(max(delay, SHORTEST_WAIT_SECONDS))) or stop.is_set():
+        if (delay and sender.watchdog.wait(stop, max(delay, SHORTEST_WAIT_SECONDS))) or stop.is_set():
             break
-        sender.wait_for_room(watchdog)
+        sender.wait_for_room()
         if not sender.send(records):
             return False
-        watchdog.ping()
+        sender.watchdog.ping()
         if time.monotonic() >= next_status:
             next_status = time.monotonic() + 5
             sdnotify.notify(f"STATUS={sender.sent} events acknowledged, {sender.failed} failed")
