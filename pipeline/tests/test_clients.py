@@ -310,6 +310,32 @@ def test_a_failed_record_makes_the_run_fail_and_is_told_once(
     ]
 
 
+def test_a_cause_among_successes_is_told_once_until_it_was_away_for_a_while(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers: Iterator[ClientError | None] = itertools.cycle([ClientError("LEADER_NOT_AVAILABLE", "no leader"), None])
+
+    class Half:
+        def send(self, key: bytes, value: bytes | None, done: clients.Done) -> None:
+            done(next(answers), 0, 0)
+
+        def close(self, timeout: float) -> None: ...
+
+    monkeypatch.setattr(clients, "connect", lambda *_: Half())
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(producer, "time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now))
+    options = parse_args(["--duration", "0", "--quiet"])
+    sender = producer.Sender(options, threading.Event(), producer.Console())
+    assert sender.connect()
+    records = options.records()
+    for pause, lines in ((0, 1), (200, 1), (200, 1), (400, 2)):
+        clock.now += pause
+        for _ in range(20):
+            assert sender.send(records)
+        assert [record.getMessage() for record in caplog.records] == ["LEADER_NOT_AVAILABLE: no leader"] * lines
+    assert (sender.sent, sender.failed) == (40, 40)
+
+
 def test_the_default_imports_neither_the_other_client_nor_spark() -> None:
     code = (
         "import sys; from clickstream import producer; producer.main(['--dry-run', '--duration', '1']);"

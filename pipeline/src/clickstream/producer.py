@@ -17,7 +17,6 @@ import threading
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,6 +43,8 @@ log = logging.getLogger("ecom-producer")
 GIVE_UP_SECONDS = 60.0
 PROGRESS_SECONDS = 5.0
 TOLD_WAIT_SECONDS = 60.0
+# A cause of failures that was not met for so long is a new one. What expires in the client comes each two minutes.
+QUIET_SECONDS = 300.0
 # The shortest wait for the next event.
 SHORTEST_WAIT_SECONDS = 0.002
 
@@ -200,8 +201,7 @@ class Sender:
         self._console = console
         self._changed = threading.Condition()
         self._pending = 0
-        self._causes: Counter[str] = Counter()
-        self._refusals: Counter[str] = Counter()
+        self._causes: dict[str, float] = {}  # when each was met last
         self._client: clients.Client | None = None
         self.watchdog = sdnotify.Watchdog()
         self.truth: TruthFile | None = None
@@ -209,10 +209,10 @@ class Sender:
         self.failed = 0
 
     def _complain(self, error: ClientError) -> None:
-        """Logs each cause once, until something is acknowledged again; once and for all when it is a record's own."""
-        causes = self._refusals if error.refused else self._causes
-        causes[error.cause] += 1
-        if causes[error.cause] == 1:
+        """Logs each cause once, and anew when it was away for a while; once and for all when it is a record's own."""
+        now = time.monotonic()
+        last, self._causes[error.cause] = self._causes.get(error.cause), now
+        if last is None or (now - last > QUIET_SECONDS and not error.refused):
             log.warning("%s: %s", error.cause, error)
 
     def connect(self) -> bool:
@@ -240,7 +240,6 @@ class Sender:
             else:
                 self.sent += 1
                 first = self.sent == 1
-                self._causes.clear()
             if not error or error.refused:
                 self._options.settled(record)
             if not error and self.truth:
