@@ -82,11 +82,6 @@ class Options(ABC):
     def records(self, clock: Callable[[], float] = time.time) -> Iterator[Record]:
         """The record that is due."""
 
-    @property
-    def renewed(self) -> bool:
-        """Whether a new try is a new event, with the time of now."""
-        return False
-
     def settled(self, record: Record) -> None:
         """Told of every record that Kafka has or will never take; in the client's thread."""
         return
@@ -118,10 +113,6 @@ class ShopOptions(Options):
     @property
     def max_unacknowledged(self) -> int:
         return max(100, min(50_000, math.ceil(self.rate * 5)))
-
-    @property
-    def renewed(self) -> bool:
-        return self.faults is None  # with faults, a later record may repeat this one
 
     def arrivals(self, at: Callable[[float], float]) -> Iterator[float]:
         return arrivals(self.arrival, self.rate, self.duration, seed=self.seed, at=at)
@@ -264,35 +255,37 @@ class Sender:
                     log.warning("waiting for the broker: %d events are not acknowledged yet", self._pending)
 
     def send(self, records: Iterator[Record]) -> bool:
-        """Hands one record to the client; False when a bounded run should end because no broker takes it."""
-        deadline = time.monotonic() + GIVE_UP_SECONDS
-        record = None
-        while not self._stop.is_set():
-            if record is None or self._options.renewed:
-                record = next(records)
+        """Hands one record to the client; False when a bounded run should end because no broker takes it.
+
+        An endless run tries for as long as a client would, then the record has failed.
+        """
+        if self._stop.is_set():
+            return True
+        record = next(records)
+        bound = GIVE_UP_SECONDS if self._options.bounded else clients.DELIVERY_TIMEOUT_MS / 1000
+        deadline = time.monotonic() + bound
+        with self._changed:
+            self._pending += 1  # until it has an answer; the end of the run is one, too
+        while True:
             client = self._client
             assert client is not None
-            with self._changed:
-                self._pending += 1
             try:
                 client.send(record.key, record.value, partial(self._done, record))
+                return True
             except ClientError as error:
-                if error.refused:
+                late = time.monotonic() > deadline
+                if error.refused or (late and not self._options.bounded):
                     self._done(record, error, -1, -1)
                     return True
-                with self._changed:
-                    self._pending -= 1
                 self._complain(error)
-                if self._options.bounded and time.monotonic() > deadline:
+                if late:
                     return False
                 if error.fatal:
                     client.close(timeout=5)
                     if not self.connect():
-                        return False
-                self.watchdog.wait(self._stop, 1.0)
-                continue
-            return True
-        return True
+                        return self._stop.is_set()
+            if self.watchdog.wait(self._stop, 1.0):
+                return True
 
     def close(self, timeout: float = 30.0) -> None:
         """Waits for what is in flight, so that every event ends as acknowledged or as failed."""
