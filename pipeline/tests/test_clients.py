@@ -310,6 +310,29 @@ def test_a_failed_record_makes_the_run_fail_and_is_told_once(
     ]
 
 
+@pytest.mark.parametrize(("failing", "code"), [(0, 0), (1, 1)])
+def test_an_endless_run_that_lost_a_record_says_so_when_it_is_stopped(
+    failing: int, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = threading.Event()
+    answers: Iterator[ClientError | None] = itertools.chain(
+        [ClientError("NOT_ENOUGH_REPLICAS", "too few copies")] * failing, itertools.repeat(None, 5)
+    )
+
+    class Stopping:
+        def send(self, key: bytes, value: bytes | None, done: clients.Done) -> None:
+            try:
+                done(next(answers), 0, 0)
+            except StopIteration:
+                stop.set()
+                done(None, 0, 0)
+
+        def close(self, timeout: float) -> None: ...
+
+    monkeypatch.setattr(clients, "connect", lambda *_: Stopping())
+    assert producer.run(parse_args(["--duration", "0", "--rate", "1000", "--quiet"]), stop) == code
+
+
 def test_a_cause_among_successes_is_told_once_until_it_was_away_for_a_while(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -388,8 +388,6 @@ def run(options: Options, stop: threading.Event) -> int:
     if truth and truth.error:
         log.error("--truth is not complete: %s", truth.error)
         return 1
-    if not options.bounded:
-        return 0
     return 0 if complete and not broken and not sender.failed else 1
 
 
