@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import itertools
 import json
 import os
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import confluent_kafka
 import pytest
-from confluent_kafka import Consumer, Producer
-from kafka import KafkaConsumer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, Producer
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.errors import MessageSizeTooLargeError
 from kafka.future import Future
 from kafka.partitioner.default import murmur2
@@ -25,7 +29,7 @@ from clickstream.producer import parse_args
 from clickstream.shop import Shop
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 TOPIC = "clicks"
 
@@ -52,6 +56,10 @@ def stored_as_the_other_client_reads(cluster: str, count: int) -> list[bytes]:
         found += [message.value for batch in messages.values() for message in batch]
     consumer.close()
     return found
+
+
+def as_the_mock_cluster_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clients, "KafkaProducer", partial(KafkaProducer, api_version=(2, 1)))
 
 
 def ignore(error: ClientError) -> None: ...
@@ -199,19 +207,81 @@ def test_a_record_that_is_too_large_fails_alone(
     assert json.loads(state.read_text())["rows"] == 9
 
 
+@contextlib.contextmanager
+def a_broker_that_leaves() -> Iterator[tuple[str, Callable[[], None]]]:
+    """A mock cluster's only address, and what takes it away."""
+    owners = [Producer({"bootstrap.servers": "none:1", "test.mock.num.brokers": 1, "log_level": 0})]
+    (broker,) = owners[0].list_topics(TOPIC, timeout=10).brokers.values()
+    yield f"{broker.host}:{broker.port}", owners.clear
+
+
 def test_what_no_broker_took_is_answered_as_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clients, "DELIVERY_TIMEOUT_MS", 1_000)
-    owner = Producer({"bootstrap.servers": "none:1", "test.mock.num.brokers": 1, "log_level": 0})
-    (broker,) = owner.list_topics(TOPIC, timeout=10).brokers.values()
     complaints: list[ClientError] = []
-    client = clients.connect("confluent", [f"{broker.host}:{broker.port}"], TOPIC, complaints.append)
-    del owner  # and the broker with it
-    answers: list[ClientError | None] = []
-    for number in range(10):
-        client.send(b"user_%04d" % number, b"{}", lambda error, *_: answers.append(error))
-    client.close(20)
+    with a_broker_that_leaves() as (address, leave):
+        client = clients.connect("confluent", [address], TOPIC, complaints.append)
+        leave()
+        answers: list[ClientError | None] = []
+        for number in range(10):
+            client.send(b"user_%04d" % number, b"{}", lambda error, *_: answers.append(error))
+        client.close(20)
     assert [error and error.cause for error in answers] == ["_MSG_TIMED_OUT"] * 10
     assert {error.cause for error in complaints} >= {"_ALL_BROKERS_DOWN"}
+
+
+@pytest.mark.parametrize("name", clients.NAMES)
+def test_a_client_whose_broker_has_left_is_closed_and_every_record_answered(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clients, "CLOSE_SECONDS", 1.0)
+    as_the_mock_cluster_is_asked(monkeypatch)
+    answers: list[ClientError | None] = []
+    with a_broker_that_leaves() as (address, leave):
+        client = clients.connect(name, [address], TOPIC, ignore)
+        answered = threading.Event()
+        client.send(b"user_0001", b"{}", lambda error, *_: answered.set())
+        assert answered.wait(20)
+        leave()
+        for number in range(10):
+            client.send(b"user_%04d" % number, b"{}", lambda error, *_: answers.append(error))
+        client.close(0.2)
+    assert len([error for error in answers if error]) == 10
+
+
+def fail_for_good(client: clients.Client, message: bytes) -> None:
+    """Makes librdkafka meet a fatal error, by its own function for tests."""
+    assert isinstance(client, clients.Confluent)
+    (path,) = (Path(confluent_kafka.__file__).parents[1] / "confluent_kafka.libs").glob("librdkafka*")
+    library = ctypes.CDLL(str(path))
+    library.rd_kafka_test_fatal_error.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p]
+    handle = ctypes.c_void_p.from_address(id(client._producer) + object.__basicsize__)  # the object's first field
+    library.rd_kafka_test_fatal_error(handle, KafkaError.OUT_OF_ORDER_SEQUENCE_NUMBER, message)
+
+
+def test_an_endless_run_goes_on_with_a_new_client_after_a_fatal_error(
+    cluster: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made: list[clients.Client] = []
+    connect = clients.connect
+
+    def watched(*arguments: Any) -> clients.Client:
+        made.append(connect(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(clients, "connect", watched)
+    stop = threading.Event()
+    options = parse_args(
+        ["--client", "confluent", "--topic", TOPIC, "--bootstrap-servers", cluster, "--duration", "0", "--quiet"]
+    )
+    sender = producer.Sender(options, stop, producer.Console())
+    assert sender.connect()
+    records = options.records()
+    fail_for_good(made[0], b"made up")
+    assert sender.send(records)
+    sender.close()
+    assert len(made) == 2
+    assert (sender.sent, sender.failed) == (1, 0)
+    assert "OUT_OF_ORDER_SEQUENCE_NUMBER: test_fatal_error: made up" in [r.getMessage() for r in caplog.records]
 
 
 def test_a_topic_that_is_not_there_is_named(cluster: str) -> None:
@@ -238,6 +308,55 @@ def test_a_failed_record_makes_the_run_fail_and_is_told_once(
         "NOT_ENOUGH_REPLICAS: too few copies",
         "20 events were not acknowledged",
     ]
+
+
+@pytest.mark.parametrize(("failing", "code"), [(0, 0), (1, 1)])
+def test_an_endless_run_that_lost_a_record_says_so_when_it_is_stopped(
+    failing: int, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = threading.Event()
+    answers: Iterator[ClientError | None] = itertools.chain(
+        [ClientError("NOT_ENOUGH_REPLICAS", "too few copies")] * failing, itertools.repeat(None, 5)
+    )
+
+    class Stopping:
+        def send(self, key: bytes, value: bytes | None, done: clients.Done) -> None:
+            try:
+                done(next(answers), 0, 0)
+            except StopIteration:
+                stop.set()
+                done(None, 0, 0)
+
+        def close(self, timeout: float) -> None: ...
+
+    monkeypatch.setattr(clients, "connect", lambda *_: Stopping())
+    assert producer.run(parse_args(["--duration", "0", "--rate", "1000", "--quiet"]), stop) == code
+
+
+def test_a_cause_among_successes_is_told_once_until_it_was_away_for_a_while(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers: Iterator[ClientError | None] = itertools.cycle([ClientError("LEADER_NOT_AVAILABLE", "no leader"), None])
+
+    class Half:
+        def send(self, key: bytes, value: bytes | None, done: clients.Done) -> None:
+            done(next(answers), 0, 0)
+
+        def close(self, timeout: float) -> None: ...
+
+    monkeypatch.setattr(clients, "connect", lambda *_: Half())
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(producer, "time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now))
+    options = parse_args(["--duration", "0", "--quiet"])
+    sender = producer.Sender(options, threading.Event(), producer.Console())
+    assert sender.connect()
+    records = options.records()
+    for pause, lines in ((0, 1), (200, 1), (200, 1), (400, 2)):
+        clock.now += pause
+        for _ in range(20):
+            assert sender.send(records)
+        assert [record.getMessage() for record in caplog.records] == ["LEADER_NOT_AVAILABLE: no leader"] * lines
+    assert (sender.sent, sender.failed) == (40, 40)
 
 
 def test_the_default_imports_neither_the_other_client_nor_spark() -> None:

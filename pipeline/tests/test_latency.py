@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from kafka.errors import KafkaTimeoutError
 
-from clickstream import latency
+from clickstream import cli, latency
 from clickstream.errors import JobError
-from clickstream.latency import Seen, Watch, counted, percentile
+from clickstream.latency import Seen, Watch, counted, measure, parsed, percentile
 from clickstream.settings import Settings
 
 if TYPE_CHECKING:
@@ -29,6 +29,23 @@ def test_an_event_is_counted_when_its_own_window_has_reached_it() -> None:
     early, late, other = Seen("prod_0001", at(1)), Seen("prod_0001", at(9)), Seen("prod_0002", at(1))
     newest = {("prod_0001", at(0)): at(5), ("prod_0002", at(0).replace(minute=1)): at(0).replace(minute=1, second=7)}
     assert counted([early, late, other], newest) == [early]
+
+
+def test_what_is_no_event_of_the_mart_is_skipped() -> None:
+    good = b'{"product_id": "prod_0001", "timestamp": "2026-01-01T12:00:01.000Z"}'
+    assert parsed(good) == Seen("prod_0001", at(1))
+    for value in (
+        None,
+        b"\xff",
+        b"[]",
+        b"[" * 100_000,
+        b'{"product_id": "prod_0001"}',
+        good.replace(b'"prod_0001"', b'["prod_0001"]'),
+        good.replace(b'"prod_0001"', b"null"),
+        good.replace(b"Z", b""),
+        good.replace(b'"2026-01-01T12:00:01.000Z"', b"1"),
+    ):
+        assert parsed(value) is None
 
 
 def test_percentiles_are_nearest_rank() -> None:
@@ -60,6 +77,8 @@ class Topic:
 
     def position(self, _: TopicPartition) -> int:
         return self.at
+
+    def close(self) -> None: ...
 
     def poll(self, timeout_ms: int) -> dict[TopicPartition, list[Record]]:
         """Three at a time, also beyond what is asked for."""
@@ -106,3 +125,19 @@ def test_a_broker_that_sends_nothing_is_not_waited_for_without_end(
     monkeypatch.setattr(topic, "poll", lambda timeout_ms: {})
     with pytest.raises(JobError, match="Kafka has sent nothing"):
         looks.look()
+
+
+@pytest.mark.parametrize("command", [["latency", "--seconds", "1"], ["show"], ["show", "--count"]])
+def test_marts_that_are_away_are_told_in_a_line(
+    watch: tuple[Watch, Topic], command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--lake-uri", "file:///unused", "--topic", "clicks", "--marts-dsn", "host=/nonexistent"]
+    assert cli.main([*command, *settings]) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith("clickstream: the marts cannot be used with 'host=/nonexistent'")
+    assert not said.out
+
+
+def test_a_mart_that_is_not_there_yet_is_told(watch: tuple[Watch, Topic], dsn: str) -> None:
+    with pytest.raises(JobError, match=r"gold\.product_funnel_1m does not exist yet"):
+        measure(Settings(lake_uri="file:///unused", topic="clicks", marts_dsn=dsn), 1)

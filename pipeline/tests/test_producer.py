@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
 import threading
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from clickstream import producer
+from clickstream import clients, producer, sdnotify
+from clickstream.clients import ClientError
 from clickstream.producer import parse_args, sent_line
 from clickstream.shop import Shop
 
@@ -123,6 +126,69 @@ def test_an_endless_dry_run_ends_when_it_is_told_to() -> None:
         process.terminate()
         process.stdout.read()
         assert process.wait(timeout=30) == 0
+
+
+class Full:
+    """A client that does not take each record at once, as one whose buffer is full."""
+
+    def __init__(self, refusals: float) -> None:
+        self.taken: list[str] = []
+        self._refusals, self._left = refusals, refusals
+
+    def send(self, key: bytes, value: bytes, done: clients.Done) -> None:
+        if self._left:
+            self._left -= 1
+            raise ClientError("BufferError", "Local: Queue full")
+        self._left = self._refusals
+        self.taken.append(json.loads(value)["event_id"])
+        done(None, 0, len(self.taken))
+
+    def close(self, timeout: float) -> None: ...
+
+
+class Hurried:
+    """Time that passes at once for who waits."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        time = SimpleNamespace(monotonic=self, time=self)
+        for module in (producer, sdnotify):
+            monkeypatch.setattr(module, "time", time)
+
+    def __call__(self) -> float:
+        return self.now
+
+    def is_set(self) -> bool:
+        return False
+
+    def wait(self, seconds: float) -> bool:
+        self.now += seconds
+        return False
+
+
+@pytest.mark.parametrize(("refusals", "sent", "failed"), [(2, 30, 0), (math.inf, 0, 1)])
+def test_a_record_that_is_not_taken_is_tried_again_and_never_left_out(
+    refusals: float, sent: int, failed: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = Full(refusals)
+    monkeypatch.setattr(clients, "connect", lambda *_: full)
+    options = parse_args(["--seed", "1", "--duration", "6", "--quiet"])
+    assert producer.run(options, Hurried(monkeypatch)) == failed  # type: ignore[arg-type]
+    assert full.taken == [event["event_id"] for event in itertools.islice(Shop(seed=1), sent)]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["BufferError: Local: Queue full"] + [f"{failed} events were not acknowledged"] * failed
+
+
+def test_an_endless_run_gives_up_a_record_in_the_time_that_a_client_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clients, "connect", lambda *_: Full(150))
+    options = parse_args(["--seed", "1", "--duration", "0", "--quiet"])
+    sender = producer.Sender(options, Hurried(monkeypatch), producer.Console())  # type: ignore[arg-type]
+    assert sender.connect()
+    records = options.records()
+    assert sender.send(records)
+    assert (sender.sent, sender.failed) == (0, 1)
+    assert sender.send(records)
+    assert (sender.sent, sender.failed) == (1, 1)
 
 
 class Clock:

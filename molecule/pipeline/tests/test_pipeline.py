@@ -82,6 +82,12 @@ def lake(host: Host, address: str, produced: None, tmp_path_factory: Any, wait_u
     return copy
 
 
+@pytest.mark.parametrize(("service", "watchdog"), [("ecom-producer", "1min"), ("ecom-streams", "3min")])
+def test_systemd_watches_over_it(host: Host, wait_until: Callable[..., Any], service: str, watchdog: str) -> None:
+    # It waits longer while the hours' query starts.
+    wait_until(lambda: host.check_output("systemctl show --property WatchdogUSec --value %s", service) == watchdog, 90)
+
+
 def test_the_producer_stopped_in_order(host: Host, produced: None) -> None:
     said = host.check_output("systemctl show --property Result,ExecMainStatus ecom-producer").split()
     assert set(said) == {"Result=success", "ExecMainStatus=0"}

@@ -28,6 +28,7 @@ STREAMS = ("bronze", "silver", "gold", "gold_hourly")
 # What `recompute` computes.
 GOLD = ("gold.product_funnel_1m", "gold.product_funnel_1h", "gold.conversion_1h", "gold.sessions")
 MINUTES = GOLD[0]
+WITHOUT_SPARK = ("show", "latency", "report", "notify")
 QUALITY_COLUMNS = ("check_name", "subject", "status", "value", "threshold")
 # The settings that are worth a flag; every other one has its variable.
 FLAGS = ("lake_uri", "bootstrap_servers", "topic", "spark_master", "marts_dsn", "status_dir")
@@ -246,6 +247,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Prints rows of the mart gold.product_funnel_1m, newest window first.",
     )
     show.add_argument("--limit", type=_rows, default=20, help="rows to print (default: %(default)s)")
+    show.add_argument("--count", action="store_true", help="print only how many rows there are")
     latency = commands.add_parser(
         "latency",
         parents=[common],
@@ -254,7 +256,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     latency.add_argument("--seconds", type=float, default=60, help="how long to watch (default: %(default)s)")
     latency.add_argument("--json", action="store_true", help="print the result as JSON")
-    show.add_argument("--count", action="store_true", help="print only how many rows there are")
     return parser
 
 
@@ -278,22 +279,18 @@ def _show(settings: Settings, limit: int, count_only: bool) -> int:
     mart = gold.FUNNEL_1M.mart
     table = f"{mart.schema}.{mart.name}"
     query = f"SELECT * FROM {table} ORDER BY window_start DESC, views DESC, product_id LIMIT {limit}"
-    try:
-        with psycopg.connect(settings.marts_dsn) as connection:
-            connection.execute("SET TIME ZONE 'UTC'")
-            found = connection.execute("SELECT to_regclass(%s)", [table]).fetchone()
-            if found is None or found[0] is None:
-                print(0 if count_only else f"{table} does not exist yet; the gold stream makes it when it starts")
-                return 0
-            if count_only:
-                print(*(connection.execute(f"SELECT count(*) FROM {table}").fetchone() or (0,)))
-                return 0
-            cursor = connection.execute(query)
-            names = [column.name for column in cursor.description or ()]
-            _print_table([dict(zip(names, row, strict=True)) for row in cursor])
-    except psycopg.OperationalError as error:
-        print(f"clickstream: the marts cannot be read with {settings.marts_dsn!r}: {error}", file=sys.stderr)
-        return 1
+    with psycopg.connect(settings.marts_dsn) as connection:
+        connection.execute("SET TIME ZONE 'UTC'")
+        found = connection.execute("SELECT to_regclass(%s)", [table]).fetchone()
+        if found is None or found[0] is None:
+            print(0 if count_only else f"{table} does not exist yet; the gold stream makes it when it starts")
+            return 0
+        if count_only:
+            print(*(connection.execute(f"SELECT count(*) FROM {table}").fetchone() or (0,)))
+            return 0
+        cursor = connection.execute(query)
+        names = [column.name for column in cursor.description or ()]
+        _print_table([dict(zip(names, row, strict=True)) for row in cursor])
     return 0
 
 
@@ -441,47 +438,64 @@ def _spark_failed(error: Exception) -> int:
     return 1
 
 
-def _without_spark(args: argparse.Namespace, settings: Settings) -> int:
-    """The jobs that need the marts only."""
-    import psycopg
+def _told(settings: Settings, job: Callable[[], int]) -> int:
+    """The job's exit code; what an operator can mend is told in a line."""
+    from psycopg import OperationalError
 
     try:
-        if args.command == "report":
-            from clickstream import report
-
-            day = args.date or (datetime.now(UTC) - timedelta(days=1)).date()
-            written = report.run(settings, day, Path(args.output or settings.report_dir))
-            print(json.dumps(written)) if args.json else print(*written["files"], sep="\n")
-            return 0
-        from clickstream import notify
-
-        found = notify.run(settings)
-        if args.json:
-            print(json.dumps(found))
-        else:
-            _print_table([{"kind": new["kind"], "message": new["message"]} for new in found["new"]], "nothing new")
-        return 0
-    except (JobError, SettingsError, ParameterError) as error:
+        return job()
+    except (JobError, ParameterError, SettingsError) as error:
         print(f"clickstream: {error}", file=sys.stderr)
+        if isinstance(error, RefusedError):
+            return 4
         return 1 if isinstance(error, JobError) else 2
-    except psycopg.OperationalError as error:
+    except OperationalError as error:
         return _marts_away(settings, error)
 
 
+def _without_spark(args: argparse.Namespace, settings: Settings) -> int:
+    """The jobs that need the marts and Kafka only."""
+    if args.command == "show":
+        return _show(settings, args.limit, args.count)
+    if args.command == "latency":
+        from clickstream import latency
+
+        result = latency.measure(settings, args.seconds)
+        print(json.dumps(result)) if args.json else _print_table([result])
+        return 1 if result["missing"] else 0
+    if args.command == "report":
+        from clickstream import report
+
+        day = args.date or (datetime.now(UTC) - timedelta(days=1)).date()
+        written = report.run(settings, day, Path(args.output or settings.report_dir))
+        print(json.dumps(written)) if args.json else print(*written["files"], sep="\n")
+        return 0
+    from clickstream import notify
+
+    found = notify.run(settings)
+    if args.json:
+        print(json.dumps(found))
+    else:
+        _print_table([{"kind": new["kind"], "message": new["message"]} for new in found["new"]], "nothing new")
+    return 0
+
+
 def _with_spark(args: argparse.Namespace, settings: Settings) -> int:
-    """The bounded jobs; 128 and the signal's number when told to stop."""
+    """The jobs that read or write the lake; 128 and the signal's number when told to stop."""
     from py4j.protocol import Py4JJavaError
     from pyspark.errors import PySparkException
 
     from clickstream import stopping
 
-    try:
-        return _run(args, settings)
-    except (PySparkException, Py4JJavaError):
-        if (number := stopping.told()) is None:
-            raise
-        print(f"clickstream: {args.command} was told to stop; run it again to go on", file=sys.stderr)
-        return 128 + number
+    with stopping.in_order():
+        try:
+            return _run(args, settings)
+        except (PySparkException, Py4JJavaError) as error:
+            number = stopping.told()
+            if number is None:
+                return _spark_failed(error)
+            print(f"clickstream: {args.command} was told to stop; run it again to go on", file=sys.stderr)
+            return 128 + number
 
 
 def _run(args: argparse.Namespace, settings: Settings) -> int:
@@ -551,45 +565,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SettingsError as error:
         print(f"clickstream: {error}", file=sys.stderr)
         return 2
-    if args.command == "show":
-        return _show(settings, args.limit, args.count)
-    if args.command == "latency":
-        from clickstream import latency
-
-        try:
-            result = latency.measure(settings, args.seconds)
-        except JobError as error:
-            print(f"clickstream: {error}", file=sys.stderr)
-            return 1
-        print(json.dumps(result)) if args.json else _print_table([result])
-        return 1 if result["missing"] else 0
     if args.command == "report" and not (args.output or settings.report_dir):
         parser.error(f"give the folder of the reports: --output DIR, or {PREFIX}REPORT_DIR")
-    if args.command in ("notify", "report"):
-        return _without_spark(args, settings)
+    if args.command in WITHOUT_SPARK:
+        return _told(settings, lambda: _without_spark(args, settings))
     # Spark is imported after the settings are known to be good, so that a wrong one is told at once.
     if args.command == "stream":
         from clickstream import streams
 
         return streams.run(settings, args.queries, args.metrics_port)
-    from psycopg import OperationalError
-    from py4j.protocol import Py4JJavaError
-    from pyspark.errors import PySparkException
-
-    from clickstream import stopping
-
-    try:
-        with stopping.in_order():
-            return _with_spark(args, settings)
-    except (JobError, ParameterError, SettingsError) as error:
-        print(f"clickstream: {error}", file=sys.stderr)
-        if isinstance(error, RefusedError):
-            return 4
-        return 1 if isinstance(error, JobError) else 2
-    except OperationalError as error:
-        return _marts_away(settings, error)
-    except (PySparkException, Py4JJavaError) as error:
-        return _spark_failed(error)
+    return _told(settings, lambda: _with_spark(args, settings))
 
 
 if __name__ == "__main__":

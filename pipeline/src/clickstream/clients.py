@@ -31,6 +31,8 @@ RETRY_BACKOFF_MS = 500
 DELIVERY_TIMEOUT_MS = 120_000
 # Records wait this long for others to fill a batch, which makes many small requests few.
 LINGER_MS = 20
+# How long a client may take to end, after the time it has for its answers.
+CLOSE_SECONDS = 5.0
 # What the clients and the broker say of a record that no retry would make them take, by either client's name for it.
 REFUSALS: Final = frozenset(
     {
@@ -61,7 +63,8 @@ class ClientError(Exception):
 
     @classmethod
     def of_librdkafka(cls, error: Any) -> ClientError:
-        return cls(error.name(), error.str(), fatal=error.fatal())
+        # What it says of each record after a fatal error is not marked as one: the first was told already.
+        return cls(error.name(), error.str(), fatal=error.fatal() or error.name() == "_FATAL")
 
 
 def answer(done: Done, error: ClientError | None, partition: int = -1, offset: int = -1) -> None:
@@ -111,9 +114,15 @@ class KafkaPython:
         future.add_errback(lambda error: answer(done, ClientError.of_kafka_python(error)))
 
     def close(self, timeout: float) -> None:
-        with contextlib.suppress(KafkaError):  # what has no answer is counted by who waits for it
+        with contextlib.suppress(KafkaError):  # what has no answer by then gets one below
             self._producer.flush(timeout=timeout)
-        self._producer.close(timeout=5)
+        try:
+            self._producer.close(timeout=CLOSE_SECONDS)
+        except KafkaError:
+            # It waits for answers once more, and gives up before it has closed anything. Its thread does not end, and
+            # may answer after the account is closed: what has no answer gets one now, that it is given up.
+            self._producer._sender.force_close()
+            self._producer._sender.join(CLOSE_SECONDS)
 
 
 class Confluent:
@@ -124,6 +133,7 @@ class Confluent:
             raise SystemExit(f"--client confluent: {error}; pip install confluent-kafka") from error
 
         self._topic = topic
+        self._complain = complain
         self._error: type[Exception] = KafkaException
         quiet = logging.getLogger("confluent")
         quiet.setLevel(logging.CRITICAL)  # every cause comes as an error too, and is told once
@@ -160,10 +170,16 @@ class Confluent:
 
     def _poll(self) -> None:
         while not self._closed.is_set():
-            try:
-                self._producer.poll(0.1)
-            except Exception:  # without this thread no answer comes any more
-                log.exception("an answer of Kafka was not handled")
+            self._wait(self._producer.poll, 0.1)
+
+    def _wait(self, call: Callable[[float], int], timeout: float) -> None:
+        """Gives answers while it waits. A fatal error is raised here, and by nothing else: no error_cb gets it."""
+        try:
+            call(timeout)
+        except self._error as error:
+            self._complain(ClientError.of_librdkafka(error.args[0]))
+        except Exception:  # without the poller's thread no answer comes any more
+            log.exception("an answer of Kafka was not handled")
 
     def send(self, key: bytes, value: bytes | None, done: Done) -> None:
         def answered(error: Any, message: Any) -> None:
@@ -180,12 +196,12 @@ class Confluent:
             raise ClientError.of_librdkafka(error.args[0]) from error
 
     def close(self, timeout: float) -> None:
-        self._producer.flush(timeout)
+        self._wait(self._producer.flush, timeout)
         self._closed.set()
         self._poller.join()
         # What has no answer gets one now: that it is given up.
         self._producer.purge()
-        self._producer.flush(5)
+        self._wait(self._producer.flush, CLOSE_SECONDS)
 
 
 def connect(name: str, servers: Sequence[str], topic: str, complain: Complain) -> Client:

@@ -29,9 +29,10 @@ GRACE_S = 60
 LOOKED_AT = 5
 FETCH_BYTES = 16 * 1024
 BROKER_S = 60
+MART = "gold.product_funnel_1m"
 # Live rows only: an event is in them when the row's newest event is not older than it.
-QUERY = """
-    SELECT product_id, window_start, last_event_at FROM gold.product_funnel_1m
+QUERY = f"""
+    SELECT product_id, window_start, last_event_at FROM {MART}
     WHERE window_start >= clock_timestamp() - interval '5 minutes'
 """
 
@@ -48,6 +49,16 @@ class Seen:
     @property
     def window(self) -> Window:
         return self.product_id, self.at.replace(second=0, microsecond=0)
+
+
+def parsed(value: bytes | None) -> Seen | None:
+    """The event that a record's value is; None when it is none that could get into the mart."""
+    try:
+        event = json.loads(value or b"")
+        product, at = event["product_id"], datetime.fromisoformat(event["timestamp"])
+    except (TypeError, ValueError, KeyError, RecursionError):
+        return None
+    return Seen(product, at) if isinstance(product, str) and at.tzinfo else None
 
 
 def counted(pending: list[Seen], newest: Mapping[Window, datetime]) -> list[Seen]:
@@ -115,7 +126,7 @@ def measure(settings: Settings, seconds: float) -> dict[str, float]:
 
     Returns records, events (those looked at: all of a slow topic, of a fast one the first and the last that came since
     the look before), missing (not in the mart after a minute: refused by the rules, or too late), skipped (no events
-    at all), and p50_s, p99_s, max_s. JobError when Kafka does not answer.
+    at all), and p50_s, p99_s, max_s. JobError when Kafka does not answer or there is no mart yet.
     An event counts as seen once its product's row has reached its timestamp; two events of one product in one minute
     that come out of order may make the earlier one's figure too small. The clocks of producer and node have to agree.
     """
@@ -127,12 +138,15 @@ def measure(settings: Settings, seconds: float) -> dict[str, float]:
         while (watching := time.monotonic() < end) or (pending and time.monotonic() < end + GRACE_S):
             if watching:
                 for value in watch.look():
-                    try:
-                        event = json.loads(value or b"")
-                        pending.append(Seen(event["product_id"], datetime.fromisoformat(event["timestamp"])))
-                    except (TypeError, ValueError, KeyError):
+                    if event := parsed(value):
+                        pending.append(event)
+                    else:
                         skipped += 1
-            newest = {(product, start.astimezone(UTC)): last for product, start, last in marts.execute(QUERY)}
+            try:
+                rows = marts.execute(QUERY).fetchall()
+            except psycopg.errors.UndefinedTable:
+                raise JobError(f"{MART} does not exist yet; the gold stream makes it when it starts") from None
+            newest = {(product, start.astimezone(UTC)): last for product, start, last in rows}
             now = datetime.now(UTC)
             there = set(map(id, counted(pending, newest)))
             latencies += [(now - event.at) / timedelta(seconds=1) for event in pending if id(event) in there]

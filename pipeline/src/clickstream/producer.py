@@ -17,7 +17,6 @@ import threading
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,6 +43,8 @@ log = logging.getLogger("ecom-producer")
 GIVE_UP_SECONDS = 60.0
 PROGRESS_SECONDS = 5.0
 TOLD_WAIT_SECONDS = 60.0
+# A cause of failures that was not met for so long is a new one. What expires in the client comes each two minutes.
+QUIET_SECONDS = 300.0
 # The shortest wait for the next event.
 SHORTEST_WAIT_SECONDS = 0.002
 
@@ -81,11 +82,6 @@ class Options(ABC):
     def records(self, clock: Callable[[], float] = time.time) -> Iterator[Record]:
         """The record that is due."""
 
-    @property
-    def renewed(self) -> bool:
-        """Whether a new try is a new event, with the time of now."""
-        return False
-
     def settled(self, record: Record) -> None:
         """Told of every record that Kafka has or will never take; in the client's thread."""
         return
@@ -117,10 +113,6 @@ class ShopOptions(Options):
     @property
     def max_unacknowledged(self) -> int:
         return max(100, min(50_000, math.ceil(self.rate * 5)))
-
-    @property
-    def renewed(self) -> bool:
-        return self.faults is None  # with faults, a later record may repeat this one
 
     def arrivals(self, at: Callable[[float], float]) -> Iterator[float]:
         return arrivals(self.arrival, self.rate, self.duration, seed=self.seed, at=at)
@@ -200,18 +192,18 @@ class Sender:
         self._console = console
         self._changed = threading.Condition()
         self._pending = 0
-        self._causes: Counter[str] = Counter()
-        self._refusals: Counter[str] = Counter()
+        self._causes: dict[str, float] = {}  # when each was met last
         self._client: clients.Client | None = None
+        self.watchdog = sdnotify.Watchdog()
         self.truth: TruthFile | None = None
         self.sent = 0
         self.failed = 0
 
     def _complain(self, error: ClientError) -> None:
-        """Logs each cause once, until something is acknowledged again; once and for all when it is a record's own."""
-        causes = self._refusals if error.refused else self._causes
-        causes[error.cause] += 1
-        if causes[error.cause] == 1:
+        """Logs each cause once, and anew when it was away for a while; once and for all when it is a record's own."""
+        now = time.monotonic()
+        last, self._causes[error.cause] = self._causes.get(error.cause), now
+        if last is None or (now - last > QUIET_SECONDS and not error.refused):
             log.warning("%s: %s", error.cause, error)
 
     def connect(self) -> bool:
@@ -227,7 +219,7 @@ class Sender:
                 self._complain(error)
                 if self._options.bounded and time.monotonic() > deadline:
                     return False
-                self._stop.wait(2.0)
+                self.watchdog.wait(self._stop, 2.0)
         return False
 
     def _done(self, record: Record, error: ClientError | None, partition: int, offset: int) -> None:
@@ -239,7 +231,6 @@ class Sender:
             else:
                 self.sent += 1
                 first = self.sent == 1
-                self._causes.clear()
             if not error or error.refused:
                 self._options.settled(record)
             if not error and self.truth:
@@ -248,51 +239,53 @@ class Sender:
         if error:
             return
         if first:
-            sdnotify.notify("READY=1")
+            self.watchdog.ready()
         if not self._options.quiet:
             self._console.say(sent_line(record.event, partition, offset) + fault_note(record.truth))
 
-    def wait_for_room(self, watchdog: sdnotify.Watchdog) -> None:
+    def wait_for_room(self) -> None:
         """Blocks while too much is unacknowledged: a broker that is away slows the shop, not fills memory."""
         started, told = time.monotonic(), False
         with self._changed:
             while self._pending >= self._options.max_unacknowledged and not self._stop.is_set():
                 self._changed.wait(0.5)
-                watchdog.ping()
+                self.watchdog.ping()
                 if not told and time.monotonic() - started > 2:
                     told = True
                     log.warning("waiting for the broker: %d events are not acknowledged yet", self._pending)
 
     def send(self, records: Iterator[Record]) -> bool:
-        """Hands one record to the client; False when a bounded run should end because no broker takes it."""
-        deadline = time.monotonic() + GIVE_UP_SECONDS
-        record = None
-        while not self._stop.is_set():
-            if record is None or self._options.renewed:
-                record = next(records)
+        """Hands one record to the client; False when a bounded run should end because no broker takes it.
+
+        An endless run tries for as long as a client would, then the record has failed.
+        """
+        if self._stop.is_set():
+            return True
+        record = next(records)
+        bound = GIVE_UP_SECONDS if self._options.bounded else clients.DELIVERY_TIMEOUT_MS / 1000
+        deadline = time.monotonic() + bound
+        with self._changed:
+            self._pending += 1  # until it has an answer; the end of the run is one, too
+        while True:
             client = self._client
             assert client is not None
-            with self._changed:
-                self._pending += 1
             try:
                 client.send(record.key, record.value, partial(self._done, record))
+                return True
             except ClientError as error:
-                if error.refused:
+                late = time.monotonic() > deadline
+                if error.refused or (late and not self._options.bounded):
                     self._done(record, error, -1, -1)
                     return True
-                with self._changed:
-                    self._pending -= 1
                 self._complain(error)
-                if self._options.bounded and time.monotonic() > deadline:
+                if late:
                     return False
                 if error.fatal:
                     client.close(timeout=5)
                     if not self.connect():
-                        return False
-                self._stop.wait(1.0)
-                continue
-            return True
-        return True
+                        return self._stop.is_set()
+            if self.watchdog.wait(self._stop, 1.0):
+                return True
 
     def close(self, timeout: float = 30.0) -> None:
         """Waits for what is in flight, so that every event ends as acknowledged or as failed."""
@@ -322,7 +315,6 @@ def tell_progress(
 
 def produce(options: Options, sender: Sender, stop: threading.Event) -> bool:
     """Sends each record when it is due; False when a bounded run should end because no broker takes it."""
-    watchdog = sdnotify.Watchdog()
     records = options.records()
     pacer = Pacer()
     next_status = 0.0
@@ -331,12 +323,12 @@ def produce(options: Options, sender: Sender, stop: threading.Event) -> bool:
         if delay > TOLD_WAIT_SECONDS:
             log.warning("the next event is due in %.0f s, at %s", delay, iso_millis(pacer.at(due)))
         # Shorter waits than this cost more than they are worth: what is due meanwhile follows at once.
-        if (delay and stop.wait(max(delay, SHORTEST_WAIT_SECONDS))) or stop.is_set():
+        if (delay and sender.watchdog.wait(stop, max(delay, SHORTEST_WAIT_SECONDS))) or stop.is_set():
             break
-        sender.wait_for_room(watchdog)
+        sender.wait_for_room()
         if not sender.send(records):
             return False
-        watchdog.ping()
+        sender.watchdog.ping()
         if time.monotonic() >= next_status:
             next_status = time.monotonic() + 5
             sdnotify.notify(f"STATUS={sender.sent} events acknowledged, {sender.failed} failed")
@@ -396,8 +388,6 @@ def run(options: Options, stop: threading.Event) -> int:
     if truth and truth.error:
         log.error("--truth is not complete: %s", truth.error)
         return 1
-    if not options.bounded:
-        return 0
     return 0 if complete and not broken and not sender.failed else 1
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import queue
 import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -31,40 +30,51 @@ log = logging.getLogger("clickstream")
 
 Offsets = dict[str, dict[str, int]]
 
+# Between two tries to publish a position.
+RETRY_SECONDS = 10.0
+
 
 class GroupPublisher:
     """Publishes a stream's position as the offsets of a consumer group, for display only.
 
-    The checkpoint is the truth: this runs beside the stream, keeps only the latest position, and a failure
-    here is logged and forgotten.
+    The checkpoint is the truth: this runs beside the stream and keeps only the latest position. A failure is logged
+    and tried again, since on an idle topic no other position comes.
     """
 
     def __init__(self, bootstrap_servers: str, group: str) -> None:
         self._servers = bootstrap_servers.split(",")
         self._group = group
-        self._latest: queue.Queue[Offsets | None] = queue.Queue(maxsize=1)
+        self._changed = threading.Condition()
+        self._latest: Offsets | None = None  # that is not published yet
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"group-{group}", daemon=True)
         self._thread.start()
 
-    def publish(self, offsets: Offsets | None) -> None:
-        while True:
-            try:
-                self._latest.put_nowait(offsets)
-                return
-            except queue.Full:
-                try:
-                    self._latest.get_nowait()
-                except queue.Empty:
-                    continue
+    def publish(self, offsets: Offsets) -> None:
+        with self._changed:
+            self._latest = offsets
+            self._changed.notify()
 
     def close(self) -> None:
-        self.publish(None)
+        """Tries once more to publish the latest position, and does not wait long for it."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
         consumer: Any = None
-        failing = False
-        while (offsets := self._latest.get()) is not None:
+        failing = closed = False
+        while not closed:
+            with self._changed:
+                if failing:
+                    self._changed.wait_for(lambda: self._closed, RETRY_SECONDS)
+                else:
+                    self._changed.wait_for(lambda: self._closed or self._latest is not None)
+                closed = self._closed
+                offsets, self._latest = self._latest, None
+            if offsets is None:
+                continue
             try:
                 if consumer is None:
                     # It subscribes to nothing and reads nothing: it commits as a member of no one's group.
@@ -87,6 +97,8 @@ class GroupPublisher:
                 if not failing:
                     log.warning("group %s does not show the stream's position: %s", self._group, error)
                 failing = True
+                with self._changed:
+                    self._latest = self._latest or offsets
                 if consumer is not None:
                     consumer.close(timeout_ms=1000)
                     consumer = None

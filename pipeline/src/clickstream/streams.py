@@ -35,6 +35,8 @@ GROUP_PREFIX = "ecom-"
 REST_SECONDS = 600.0
 # How long a stop waits for the batches that run.
 STOP_SECONDS = 15.0
+# How long the later queries' start may take before the watchdog takes it for a hang.
+LATER_SECONDS = 1800.0
 # How much longer systemd is asked to wait, again and again, while a first batch runs.
 EXTENSION_SECONDS = 60
 
@@ -197,7 +199,11 @@ def _stop(queries: Sequence[StreamingQuery]) -> None:
 def _watch(
     queries: Sequence[StreamingQuery], ready: set[str], stop: threading.Event, on_ready: Callable[[], None]
 ) -> int:
-    """Looks after the queries until one fails or a stop is asked for; `on_ready` may add queries."""
+    """Looks after the queries until one fails or a stop is asked for; `on_ready` may add queries.
+
+    The watchdog is pinged for as long as Spark's JVM answers. A query that is slow or waits is none of its business:
+    the health check sees that, and a new start would not make it faster.
+    """
     watchdog = sdnotify.Watchdog()
     told = False
     extended = 0.0
@@ -215,8 +221,9 @@ def _watch(
         if not told and ready.issuperset(query.name for query in queries):
             told = True
             log.info("%s: first trigger finished", ", ".join(query.name for query in queries) or "nothing to wait for")
-            sdnotify.notify("READY=1")
-            on_ready()
+            watchdog.ready()
+            with watchdog.patience(LATER_SECONDS):
+                on_ready()
             sdnotify.notify(f"STATUS=running {', '.join(query.name for query in queries)}")
         watchdog.ping()
     log.info("stopping")
