@@ -145,3 +145,19 @@ def test_a_half_made_guest_is_removed(machine: Machine, known: bool) -> None:
     assert done.returncode == 0, done.stderr
     assert f"{NAME} was left half made by an interrupted run: removing it" in done.stdout
     assert not machine.container.exists() and not machine.ours.exists()
+
+
+def test_a_guest_that_was_not_destroyed_after_all_stays(machine: Machine) -> None:
+    machine.make("RUNNING")
+    machine.record(machine.ours, owned=True)
+    assert machine.guests("release").returncode == 0
+    assert machine.untouched and recorded(machine) == str(machine.ours)
+
+
+def test_what_vagrant_has_forgotten_is_released(machine: Machine) -> None:
+    machine.make("RUNNING")
+    machine.record(machine.ours, owned=False)
+    done = machine.guests("release")
+    assert done.returncode == 0, done.stderr
+    assert f"{NAME} is unknown to Vagrant: removing it" in done.stdout
+    assert not machine.container.exists() and not list(machine.records.iterdir())
