@@ -99,3 +99,44 @@ def test_a_missing_variable_is_named_with_its_host(tmp_path: Path, missing: str)
     assert done.returncode != 0
     assert f"{tmp_path}/hosts.yml: the host node has no {missing}" in done.stderr
     assert "KeyError" not in done.stdout + done.stderr
+
+
+# VirtualBox counts as installed when its program tells a version. Vagrant-libvirt is not installed for this: a provider
+# of its name makes Vagrant judge boxes, networks and forwarded ports, but not what only the plugin knows.
+VBOXMANAGE = "#!/bin/sh\necho 7.0.20r163906\n"
+LIBVIRT = """
+class StandinProvider < Vagrant.plugin('2', :provider); end
+class Standin < Vagrant.plugin('2')
+  name 'libvirt'
+  provider(:libvirt) { StandinProvider }
+end
+"""
+
+
+@pytest.mark.parametrize(("provider", "options"), [("virtualbox", []), ("libvirt", ["--ignore-provider"])])
+def test_valid_with_the_providers_that_no_guest_is_made_with(tmp_path: Path, provider: str, options: list[str]) -> None:
+    programs, home = tmp_path / "bin", tmp_path / "home"
+    programs.mkdir()
+    home.mkdir()
+    (programs / "VBoxManage").write_text(VBOXMANAGE)
+    (programs / "VBoxManage").chmod(0o755)
+    if provider == "libvirt":
+        (home / "Vagrantfile").write_text(LIBVIRT)
+    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "VAGRANT_HOME": str(home)}
+    done = vagrant(tmp_path, "validate", *options, **environment, VAGRANT_DEFAULT_PROVIDER=provider)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Vagrantfile validated successfully" in done.stdout
+
+
+def test_guests_keep_the_provider_that_made_them(tmp_path: Path) -> None:
+    machine = tmp_path / "machines/node/lxc"
+    environment = {"VAGRANT_DOTFILE_PATH": str(tmp_path), "VAGRANT_DEFAULT_PROVIDER": "virtualbox"}
+
+    def provider() -> str:
+        command = [ROOT / "ansible/scripts/provider"]
+        return subprocess.check_output(command, env=os.environ | environment, text=True).strip()
+
+    machine.mkdir(parents=True)
+    assert provider() == "virtualbox"
+    (machine / "id").write_text("clickstream-single-node")
+    assert provider() == "lxc"
