@@ -96,8 +96,7 @@ ssh: $(VENV) ## A shell on a node: NODE=name, else the first
 	@$(PLATFORM) ssh $(NODE)
 
 .PHONY: restart
-restart: $(VENV) ## Restart a service node by node, healthy before the next: SERVICE=kafka
-	@test -n "$(SERVICE)" || { echo "Which service? make restart SERVICE=kafka; 'make status' lists them." >&2; exit 2; }
+restart: $(VENV) ## Restart a service node by node, healthy before the next: SERVICE=kafka; without it all, in order
 	@$(PLATFORM) restart $(SERVICE)
 
 .PHONY: down

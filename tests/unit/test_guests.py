@@ -27,7 +27,7 @@ COMMANDS = {
 
 
 class Machine:
-    """A machine with at most one container, two clones and the script's records."""
+    """A machine with a container, perhaps another at the same address, two clones and the script's records."""
 
     def __init__(self, folder: Path) -> None:
         self.lxc, self.records, self.log = folder / "lxc", folder / "records", folder / "log"
@@ -45,12 +45,15 @@ class Machine:
     def state_id(clone: Path) -> Path:
         return clone / ".vagrant/machines/node/lxc/id"
 
-    def make(self, state: str, *, whole: bool = True) -> None:
-        (self.container / "rootfs/sbin").mkdir(parents=True)
-        (self.container / "rootfs/sbin/init").touch()
-        (self.container / "state").write_text(f"{state}\n")
+    def make(self, state: str, *, name: str = NAME, whole: bool = True) -> Path:
+        container = self.lxc / name
+        (container / "rootfs/sbin").mkdir(parents=True)
+        (container / "rootfs/sbin/init").touch()
+        (container / "state").write_text(f"{state}\n")
+        (container / "config").write_text(f"lxc.net.0.ipv4.address = {ADDRESS}/24\n")
         if not whole:
-            (self.container / "partial").touch()
+            (container / "partial").touch()
+        return container
 
     def record(self, state_id: Path, *, owned: bool) -> None:
         record = {"clone": str(state_id.parents[4]), "state_id": str(state_id), "test": False}
@@ -145,3 +148,43 @@ def test_a_half_made_guest_is_removed(machine: Machine, known: bool) -> None:
     assert done.returncode == 0, done.stderr
     assert f"{NAME} was left half made by an interrupted run: removing it" in done.stdout
     assert not machine.container.exists() and not machine.ours.exists()
+
+
+@pytest.mark.parametrize("state", ["STOPPED", "RUNNING"])
+def test_a_guest_starts_only_where_nobody_has_its_address(machine: Machine, state: str) -> None:
+    machine.make(state)
+    machine.record(machine.ours, owned=True)
+    other = machine.make("RUNNING", name="clickstream-mine-node")
+    done = machine.guests("claim")
+    # One that runs has it already.
+    assert (done.returncode == 0) == (state == "RUNNING")
+    if state == "STOPPED":
+        assert f"the address {ADDRESS} of {NAME} is taken by the container clickstream-mine-node" in done.stderr
+    assert machine.untouched and other.exists()
+
+
+def test_a_guest_of_our_clone_under_another_name_is_no_left_over(machine: Machine) -> None:
+    other = machine.make("RUNNING", name="clickstream-mine-node")
+    record = {"clone": str(machine.ours.parents[4]), "state_id": str(machine.ours), "test": False}
+    (machine.records / f"{other.name}.json").write_text(json.dumps(record))
+    machine.ours.parent.mkdir(parents=True)
+    machine.ours.write_text(other.name)
+    done = machine.guests("claim")
+    assert done.returncode != 0 and f"is taken by the container {other.name}" in done.stderr
+    assert other.exists() and machine.ours.read_text() == other.name
+
+
+def test_a_guest_that_was_not_destroyed_after_all_stays(machine: Machine) -> None:
+    machine.make("RUNNING")
+    machine.record(machine.ours, owned=True)
+    assert machine.guests("release").returncode == 0
+    assert machine.untouched and recorded(machine) == str(machine.ours)
+
+
+def test_what_vagrant_has_forgotten_is_released(machine: Machine) -> None:
+    machine.make("RUNNING")
+    machine.record(machine.ours, owned=False)
+    done = machine.guests("release")
+    assert done.returncode == 0, done.stderr
+    assert f"{NAME} is unknown to Vagrant: removing it" in done.stdout
+    assert not machine.container.exists() and not list(machine.records.iterdir())

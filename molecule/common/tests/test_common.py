@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from testinfra.host import Host
 
 SUBJECT = "Clickstream test CA"
@@ -46,6 +47,31 @@ def test_nodectl_tells_a_healthy_service_from_a_broken_one(host: Host) -> None:
         assert "it is broken" in broken.stdout + broken.stderr
     finally:
         host.run("rm -f /etc/nodectl/services.d/probe.json /usr/local/lib/nodectl/probe")
+
+
+@pytest.mark.parametrize(
+    ("program", "sub", "action"),
+    [("/bin/sleep 300", "start", "none"), ("/bin/false", "auto-restart", "start")],
+    ids=["still starting", "in a crash loop"],
+)
+def test_nodectl_starts_only_what_does_not_start_by_itself(host: Host, program: str, sub: str, action: str) -> None:
+    unit = f"[Service]\nType=notify\nExecStart={program}\nRestart=on-failure\nRestartSec=300\n"
+    entry = json.dumps({"name": "slow", "unit": "slow.service"})
+    show = "systemctl show --value -p SubState -p MainPID slow"
+    try:
+        host.check_output("printf %%s %s >/run/systemd/system/slow.service", unit)
+        host.check_output("printf %%s %s >/etc/nodectl/services.d/slow.json", entry)
+        host.check_output("systemctl daemon-reload && systemctl start --no-block slow && sleep 1")
+        before = host.check_output(show)
+        assert sub in before.split()
+        assert json.loads(host.check_output("nodectl apply slow --check"))["action"] == action
+        assert host.check_output(show) == before
+        if action == "none":
+            assert json.loads(host.check_output("nodectl apply slow"))["healthy"] is False
+            assert host.check_output(show) == before
+    finally:
+        host.run("rm -f /etc/nodectl/services.d/slow.json /run/systemd/system/slow.service")
+        host.run("systemctl stop slow; systemctl daemon-reload")
 
 
 def test_a_container_has_no_disks(host: Host) -> None:
