@@ -226,7 +226,9 @@ def test_no_loop_shows_a_secret(name: str) -> None:
 
 def test_loops_with_secrets_are_found() -> None:
     assert holding_secrets().search(items_of({"loop": "{{ postgres_users }}"}))
-    assert holding_secrets().search(items_of({"loop": ["{{ airflow_own_connections | combine(airflow_connections) }}"]}))
+    assert holding_secrets().search(
+        items_of({"loop": ["{{ airflow_own_connections | combine(airflow_connections) }}"]})
+    )
     assert not holding_secrets().search(items_of({"loop": "{{ postgres_users | map(attribute='name') }}"}))
 
 
