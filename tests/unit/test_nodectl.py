@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,14 @@ import pytest
 
 NODECTL = Path(__file__).resolve().parents[2] / "roles/common/files/nodectl"
 SYSTEMCTL = """#!/bin/sh
-echo "$*" >>"$NODECTL_UNITS/../told"
+if [ "$1" = show ]; then
+  cat "$NODECTL_UNITS/../state"
+else
+  echo "$*" >>"$NODECTL_UNITS/../told"
+fi
 """
+# Without a process, no file is newer than it.
+RUNNING = "ActiveState=active SubState=running LoadState=loaded MainPID=0 NeedDaemonReload=no UnitFileState=enabled"
 
 
 class Node:
@@ -25,8 +32,8 @@ class Node:
         (folder / "bin/systemctl").write_text(SYSTEMCTL)
         (folder / "bin/systemctl").chmod(0o755)
 
-    def add(self, name: str) -> None:
-        entry = {"name": name, "unit": f"{name}.service"}
+    def add(self, name: str, **more: Any) -> None:
+        entry = {"name": name, "unit": f"{name}.service"} | more
         (self.folder / f"registry/{name}.json").write_text(json.dumps(entry))
         (self.folder / f"checks/{name}").write_text("")
         (self.folder / f"units/{name}.service").write_text("")
@@ -41,6 +48,10 @@ class Node:
             check=True,
         )
         return dict(json.loads(done.stdout))
+
+    def changed_state(self, seconds_ago: float) -> None:
+        at = round((time.monotonic() - seconds_ago) * 1e6)
+        (self.folder / "state").write_text(f"{RUNNING} StateChangeTimestampMonotonic={at}".replace(" ", "\n"))
 
     @property
     def told(self) -> list[str]:
@@ -81,3 +92,18 @@ def test_an_interrupted_removal_is_finished(node: Node) -> None:
     assert node.run("keep", "ecom-", "ecom-streams") == {"changed": True, "removed": ["ecom-producer"]}
     assert node.told == ["daemon-reload"], "a unit that is gone cannot be stopped"
     assert "ecom-producer.json" not in node.left
+
+
+def test_a_file_that_is_read_at_a_reload_means_a_reload_until_there_was_one(node: Node) -> None:
+    rules = node.folder / "rules"
+    node.add("database", reload=[str(rules)])
+    rules.write_text("who may log in")
+    node.changed_state(seconds_ago=10)
+    answer = node.run("apply", "database", "--check", "--no-health")
+    assert (answer["changed"], answer["action"], answer["newer"]) == (True, "reload", [str(rules)])
+    assert node.told == []
+    assert node.run("apply", "database", "--no-health")["action"] == "reload"
+    assert node.told == ["reload database.service"]
+    node.changed_state(seconds_ago=0)
+    assert node.run("apply", "database", "--no-health")["changed"] is False
+    assert node.told == ["reload database.service"]

@@ -36,6 +36,13 @@ options:
       target:
         description: What a link points to; relative to the link's folder or absolute. It need not exist.
         type: str
+      used_by:
+        description:
+          - What is made anew when a file is put to use, such as a bundle of certificates, or the link
+            C(/run/systemd/units/invocation:NAME.service) that systemd makes when a service starts.
+          - While it is missing or older than the file, the file counts as changed. A run that was interrupted between
+            writing a file and using it is so made up for by the next.
+        type: path
       owner:
         description: Owner of a file or directory.
         type: str
@@ -75,7 +82,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 changed_paths:
-  description: The paths that were changed, or would be.
+  description: The paths that were changed, or would be, and those that were not put to use yet.
   returned: always
   type: list
   elements: str
@@ -105,6 +112,8 @@ def check(module: AnsibleModule, entry: dict[str, Any]) -> None:
     path, state = entry["path"], entry["state"]
     if not os.path.isabs(path):
         module.fail_json(msg=f"{path}: give an absolute path")
+    if entry["used_by"] and state != "file":
+        module.fail_json(msg=f"{path}: a {state} takes no used_by")
     for name, needed in (("content", state == "file"), ("target", state == "link")):
         if (entry[name] is not None) != needed:
             verb = "needs" if needed else "takes no"
@@ -179,6 +188,16 @@ def ensure(module: AnsibleModule, entry: dict[str, Any], diffs: list[dict[str, s
     return bool(module.set_fs_attributes_if_different(wanted, changed))
 
 
+def unused(entry: dict[str, Any]) -> bool:
+    """Whether a file waits for being put to use. Copies of a machine keep this time, but not that of the inode."""
+    if not entry["used_by"]:
+        return False
+    try:
+        return os.lstat(entry["used_by"]).st_mtime < os.lstat(entry["path"]).st_mtime
+    except FileNotFoundError:
+        return True
+
+
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(
@@ -192,6 +211,7 @@ def main() -> None:
                     "state": {"type": "str", "choices": list(KINDS), "default": "file"},
                     "content": {"type": "str"},
                     "target": {"type": "str"},
+                    "used_by": {"type": "path"},
                     "owner": {"type": "str", "default": "root"},
                     "group": {"type": "str", "default": "root"},
                     "mode": {"type": "str"},
@@ -207,7 +227,7 @@ def main() -> None:
     changed = []
     for entry in entries:
         try:
-            if ensure(module, entry, diffs):
+            if ensure(module, entry, diffs) or unused(entry):
                 changed.append(entry["path"])
         except OSError as error:
             module.fail_json(
