@@ -63,6 +63,20 @@ def test_a_file_that_was_not_put_to_use_counts_as_changed(tmp_path: Path) -> Non
     assert "takes no used_by" in run([link])["msg"]
 
 
+def test_a_link_that_moves_leaves_the_release_before_and_what_is_no_release(tmp_path: Path) -> None:
+    for name in ("1-00000001", "1-00000002", "2-00000003", "tools"):
+        (tmp_path / "releases" / name).mkdir(parents=True)
+    link = {"path": str(tmp_path / "current"), "state": "link", "prune": True}
+    # The first one does not know what is in use.
+    run([link | {"target": "releases/1-00000001"}])
+    assert len(list((tmp_path / "releases").iterdir())) == 4
+    run([link | {"target": "releases/1-00000002"}], check_mode=True)
+    assert len(list((tmp_path / "releases").iterdir())) == 4
+    run([link | {"target": "releases/1-00000002"}])
+    assert {path.name for path in (tmp_path / "releases").iterdir()} == {"1-00000001", "1-00000002", "tools"}
+    assert not run([link | {"target": "releases/1-00000002"}])["changed"]
+
+
 def test_mends_content_mode_and_target(tmp_path: Path, wanted: list[dict[str, Any]]) -> None:
     run(wanted)
     (tmp_path / "a/b/c.conf").chmod(0o666)
