@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
@@ -63,6 +67,40 @@ def wait_until() -> Callable[[Callable[[], T], float], T]:
             time.sleep(0.5)
 
     return wait
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def deploy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """Bring the scenario's guests to another value of some variables of a role."""
+    playbook = tmp_path_factory.mktemp("deploy") / "playbook.yml"
+
+    def run(role: str, **edit: Any) -> None:
+        playbook.write_text(json.dumps([{"hosts": "all", "become": True, "roles": [role]}]))
+        inventory = request.path.parents[1] / "inventory"
+        done = subprocess.run(
+            ["ansible-playbook", "-i", inventory, playbook, "-e", json.dumps(edit)],
+            env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible/ansible.cfg"), "ANSIBLE_FORCE_COLOR": "false"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def processes(host: Host) -> Callable[[], dict[str, str]]:
+    """The main process of each of the node's services."""
+
+    def ask() -> dict[str, str]:
+        names = host.check_output("nodectl list").split()
+        return {name: host.check_output("systemctl show --property MainPID --value %s", name) for name in names}
+
+    return ask
 
 
 @pytest.fixture(scope="module")

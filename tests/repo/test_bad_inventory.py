@@ -42,6 +42,11 @@ def nothing(hosts: dict[str, Any], site: dict[str, Any]) -> None:
     pass
 
 
+def published_password_on_a_guest(hosts: dict[str, Any], site: dict[str, Any]) -> None:
+    published_password_on_a_server(hosts, site)
+    hosts["all"]["hosts"]["clickstream"]["ansible_host"] = "192.168.56.11"
+
+
 def wrong_names_and_types(hosts: dict[str, Any], site: dict[str, Any]) -> None:
     site |= {"kafka_replicaton": 3, "kafka_heep": "1g", "kafka_client_port": "ninety"}
     site["postgres_users"] = [CANARY]
@@ -80,6 +85,11 @@ def published_password(hosts: dict[str, Any], site: dict[str, Any]) -> None:
     site |= {"airflow_local_login": False, "airflow_admin_password": "admin"}
 
 
+def published_password_on_a_server(hosts: dict[str, Any], site: dict[str, Any]) -> None:
+    site |= {"airflow_local_login": True, "airflow_admin_password": "admin"}
+
+
+RIGHT: tuple[Edit, ...] = (nothing, published_password_on_a_guest)
 # What the message has to say: the variable and what to do.
 MISTAKES: dict[Edit, tuple[str, ...]] = {
     wrong_names_and_types: (
@@ -104,6 +114,10 @@ MISTAKES: dict[Edit, tuple[str, ...]] = {
     more_copies_than_brokers: ("kafka_topics: clicks has replication_factor 3", "1 broker", "must be from 1 to"),
     short_password: ("postgres_users needs at least 16 characters", "leave it out to have one generated"),
     published_password: ("airflow_admin_password is a published one. Remove it", "airflow_local_login"),
+    published_password_on_a_server: (
+        "clickstream at 192.0.2.1 is no guest of this machine",
+        "Remove airflow_admin_password and airflow_local_login to have a password generated",
+    ),
 }
 
 
@@ -113,6 +127,10 @@ def site(folder: Path, edit: Edit) -> Run:
     shutil.copytree(ROOT / "ansible/inventories/single", inventory, ignore=shutil.ignore_patterns("secrets"))
     hosts = load(inventory / "hosts.yml")
     variables = load(inventory / "group_vars/all/main.yml")
+    # What is for guests of this machine only.
+    guests = load(inventory / "group_vars/all/guests.yml")
+    del guests["airflow_local_login"], guests["airflow_admin_password"]
+    (inventory / "group_vars/all/guests.yml").write_text(yaml.safe_dump(guests))
     hosts["all"]["hosts"]["clickstream"]["ansible_host"] = ADDRESS.format(1)
     edit(hosts, variables)
     # Whatever would open a connection leaves a trace.
@@ -158,12 +176,13 @@ def site(folder: Path, edit: Edit) -> Run:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Edit, Run]:
     """All runs together: each mostly waits for Ansible to start."""
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        futures = {edit: pool.submit(site, tmp_path_factory.mktemp("inventory"), edit) for edit in (nothing, *MISTAKES)}
+        futures = {edit: pool.submit(site, tmp_path_factory.mktemp("inventory"), edit) for edit in (*RIGHT, *MISTAKES)}
         return {edit: future.result() for edit, future in futures.items()}
 
 
-def test_a_right_inventory_passes_preflight(runs: dict[Edit, Run]) -> None:
-    run = runs[nothing]
+@pytest.mark.parametrize("edit", RIGHT, ids=lambda edit: edit.__name__)
+def test_a_right_inventory_passes_preflight(edit: Edit, runs: dict[Edit, Run]) -> None:
+    run = runs[edit]
     assert run.connected, run.output
     assert "WARNING" not in run.output, run.output
     assert CANARY not in run.output

@@ -191,3 +191,14 @@ def test_dags_import_nothing_heavy(path: Path) -> None:
     # Thin: the logic is in the package, where it is tested.
     heavy = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.For | ast.While | ast.Try)]
     assert path.stem in SHARED or not heavy
+
+
+# --- Pools -----------------------------------------------------------------------------------------------------
+
+
+def test_pools_say_all_that_spark_would_warn_about() -> None:
+    text = (ROOT / "pipeline/src/clickstream/pools.xml").read_text(encoding="utf-8")
+    pools = re.findall(r"<pool .*?</pool>", text, re.DOTALL)
+    assert len(pools) == text.count("<pool ")
+    for pool in pools:
+        assert set(re.findall(r"<(\w+)>", pool)) == {"schedulingMode", "weight", "minShare"}, pool

@@ -185,6 +185,53 @@ def test_no_secret_on_a_command_line(name: str) -> None:
             assert not secrets.search(str(task.get("vars", {}).get(variable, ""))), f"{path}: {variable}"
 
 
+def holding_secrets() -> re.Pattern[str]:
+    """Variables with secrets, those that are made of them too."""
+    made = {
+        key: str(value)
+        for name in ROLES
+        for file in ("defaults/main.yml", "vars/main.yml")
+        if (role(name) / file).exists()
+        for key, value in load(role(name) / file).items()
+    }
+    found = secret_variables()
+    while True:
+        pattern = re.compile(r"\b(" + "|".join(sorted(found)) + r")\b")
+        more = {key for key, value in made.items() if pattern.search(value)} - found
+        if not more:
+            return pattern
+        found |= more
+
+
+def items_of(task: dict[str, Any]) -> str:
+    """The expressions of which a task's loop makes its items, without those that give names, true or false only."""
+    items = task.get("loop", [value for key, value in task.items() if key.startswith("with_")])
+    if isinstance(items, list):
+        items = [
+            {key: value for key, value in item.items() if key != "that"} if isinstance(item, dict) else item
+            for item in items
+        ]
+    expressions = " ".join(re.findall(r"{{.*?}}", str(items), re.DOTALL))
+    return re.sub(r"\w+ \| map\(attribute=\\?'name\\?'\)|\w+\.keys\(\)", "", expressions)
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_no_loop_shows_a_secret(name: str) -> None:
+    # A task that fails prints its item, whatever its label is.
+    secrets = holding_secrets()
+    for path, task in tasks(name):
+        shown = secrets.search(items_of(task))
+        assert not shown or task.get("no_log") is True, f"{path.relative_to(ROOT)}: {task['name']}: {shown}"
+
+
+def test_loops_with_secrets_are_found() -> None:
+    assert holding_secrets().search(items_of({"loop": "{{ postgres_users }}"}))
+    assert holding_secrets().search(
+        items_of({"loop": ["{{ airflow_own_connections | combine(airflow_connections) }}"]})
+    )
+    assert not holding_secrets().search(items_of({"loop": "{{ postgres_users | map(attribute='name') }}"}))
+
+
 @pytest.mark.parametrize("name", ROLES)
 def test_readme_has_an_example_that_parses(name: str) -> None:
     text = (role(name) / "README.md").read_text(encoding="utf-8")

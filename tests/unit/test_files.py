@@ -51,6 +51,32 @@ def test_makes_everything_and_then_nothing(tmp_path: Path, wanted: list[dict[str
     assert os.lstat(tmp_path / "a/b/c.conf").st_ctime_ns == before, "an unchanged file was touched"
 
 
+def test_a_file_that_was_not_put_to_use_counts_as_changed(tmp_path: Path) -> None:
+    file = {"path": str(tmp_path / "ca.crt"), "content": "certificate", "used_by": str(tmp_path / "bundle")}
+    assert run([file])["changed_paths"] == [file["path"]]
+    assert run([file])["changed_paths"] == [file["path"]], "interrupted before it was used"
+    (tmp_path / "bundle").touch()
+    assert not run([file])["changed"]
+    os.utime(tmp_path / "bundle", (0, 0))
+    assert run([file])["changed"] and run([file], check_mode=True)["changed"]
+    link = {"path": str(tmp_path / "link"), "state": "link", "target": "bundle", "used_by": str(tmp_path / "bundle")}
+    assert "takes no used_by" in run([link])["msg"]
+
+
+def test_a_link_that_moves_leaves_the_release_before_and_what_is_no_release(tmp_path: Path) -> None:
+    for name in ("1-00000001", "1-00000002", "2-00000003", "tools"):
+        (tmp_path / "releases" / name).mkdir(parents=True)
+    link = {"path": str(tmp_path / "current"), "state": "link", "prune": True}
+    # The first one does not know what is in use.
+    run([link | {"target": "releases/1-00000001"}])
+    assert len(list((tmp_path / "releases").iterdir())) == 4
+    run([link | {"target": "releases/1-00000002"}], check_mode=True)
+    assert len(list((tmp_path / "releases").iterdir())) == 4
+    run([link | {"target": "releases/1-00000002"}])
+    assert {path.name for path in (tmp_path / "releases").iterdir()} == {"1-00000001", "1-00000002", "tools"}
+    assert not run([link | {"target": "releases/1-00000002"}])["changed"]
+
+
 def test_mends_content_mode_and_target(tmp_path: Path, wanted: list[dict[str, Any]]) -> None:
     run(wanted)
     (tmp_path / "a/b/c.conf").chmod(0o666)

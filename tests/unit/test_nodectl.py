@@ -44,6 +44,7 @@ class Node:
     def unit(self, active: str, sub: str, pid: int = 0) -> None:
         properties = {"ActiveState": active, "SubState": sub, "MainPID": pid, "LoadState": "loaded", "NRestarts": 0}
         properties |= {"NeedDaemonReload": "no", "UnitFileState": "enabled", "ControlGroup": ""}
+        properties |= {"InvocationID": "77", "StateChangeTimestampMonotonic": "0"}
         staged = self.folder / "unit.new"
         staged.write_text("".join(f"{name}={value}\n" for name, value in properties.items()))
         staged.replace(self.folder / "unit")

@@ -36,6 +36,19 @@ options:
       target:
         description: What a link points to; relative to the link's folder or absolute. It need not exist.
         type: str
+      prune:
+        description:
+          - When a link changes, remove the releases beside its target, but for that and the one it had before.
+          - Releases are folders whose names end with eight hexadecimal digits.
+        type: bool
+        default: false
+      used_by:
+        description:
+          - What is made anew when a file is put to use, such as a bundle of certificates, or the link
+            C(/run/systemd/units/invocation:NAME.service) that systemd makes when a service starts.
+          - While it is missing or older than the file, the file counts as changed. A run that was interrupted between
+            writing a file and using it is so made up for by the next.
+        type: path
       owner:
         description: Owner of a file or directory.
         type: str
@@ -70,12 +83,13 @@ EXAMPLES = r"""
         mode: "0640"
       - path: /opt/kafka/current
         state: link
-        target: "3.9.2"
+        target: 3.9.2-0a1b2c3d
+        prune: true
 """
 
 RETURN = r"""
 changed_paths:
-  description: The paths that were changed, or would be.
+  description: The paths that were changed, or would be, and those that were not put to use yet.
   returned: always
   type: list
   elements: str
@@ -83,12 +97,15 @@ changed_paths:
 """
 
 import os
+import re
+import shutil
 import stat
 import tempfile
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
+RELEASE = re.compile(r"(^|.*-)[0-9a-f]{8}$")
 KINDS = {"file": stat.S_ISREG, "directory": stat.S_ISDIR, "link": stat.S_ISLNK}
 
 
@@ -105,6 +122,9 @@ def check(module: AnsibleModule, entry: dict[str, Any]) -> None:
     path, state = entry["path"], entry["state"]
     if not os.path.isabs(path):
         module.fail_json(msg=f"{path}: give an absolute path")
+    for name, only in (("used_by", "file"), ("prune", "link")):
+        if entry[name] and state != only:
+            module.fail_json(msg=f"{path}: a {state} takes no {name}")
     for name, needed in (("content", state == "file"), ("target", state == "link")):
         if (entry[name] is not None) != needed:
             verb = "needs" if needed else "takes no"
@@ -127,18 +147,28 @@ def write_file(module: AnsibleModule, path: str, content: str, attributes: dict[
         raise
 
 
+def prune(path: str, *kept: str) -> None:
+    """Remove the releases beside a link's targets."""
+    folder = os.path.dirname(os.path.join(os.path.dirname(path), kept[0]))
+    names = {os.path.basename(target) for target in kept}
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False) and RELEASE.match(entry.name) and entry.name not in names:
+            shutil.rmtree(entry.path)
+
+
 def ensure(module: AnsibleModule, entry: dict[str, Any], diffs: list[dict[str, str]]) -> bool:
     """Make one path what it is said to be; whether that was a change."""
     path, state = entry["path"], entry["state"]
     mode = found(path)
     if state == "link":
-        if mode is not None and os.readlink(path) == entry["target"]:
+        before = os.readlink(path) if mode is not None else None
+        if before == entry["target"]:
             return False
         diffs.append(
             {
                 "before_header": path,
                 "after_header": path,
-                "before": f"-> {os.readlink(path)}\n" if mode is not None else "",
+                "before": f"-> {before}\n" if before else "",
                 "after": f"-> {entry['target']}\n",
             }
         )
@@ -147,6 +177,8 @@ def ensure(module: AnsibleModule, entry: dict[str, Any], diffs: list[dict[str, s
             temporary = f"{path}.{os.getpid()}.new"
             os.symlink(entry["target"], temporary)
             os.replace(temporary, path)
+            if before and entry["prune"]:
+                prune(path, entry["target"], before)
         return True
 
     wanted = {
@@ -179,6 +211,16 @@ def ensure(module: AnsibleModule, entry: dict[str, Any], diffs: list[dict[str, s
     return bool(module.set_fs_attributes_if_different(wanted, changed))
 
 
+def unused(entry: dict[str, Any]) -> bool:
+    """Whether a file waits for being put to use. Copies of a machine keep this time, but not that of the inode."""
+    if not entry["used_by"]:
+        return False
+    try:
+        return os.lstat(entry["used_by"]).st_mtime < os.lstat(entry["path"]).st_mtime
+    except FileNotFoundError:
+        return True
+
+
 def main() -> None:
     """Run the module."""
     module = AnsibleModule(
@@ -192,6 +234,8 @@ def main() -> None:
                     "state": {"type": "str", "choices": list(KINDS), "default": "file"},
                     "content": {"type": "str"},
                     "target": {"type": "str"},
+                    "used_by": {"type": "path"},
+                    "prune": {"type": "bool", "default": False},
                     "owner": {"type": "str", "default": "root"},
                     "group": {"type": "str", "default": "root"},
                     "mode": {"type": "str"},
@@ -207,7 +251,7 @@ def main() -> None:
     changed = []
     for entry in entries:
         try:
-            if ensure(module, entry, diffs):
+            if ensure(module, entry, diffs) or unused(entry):
                 changed.append(entry["path"])
         except OSError as error:
             module.fail_json(

@@ -6,9 +6,11 @@ The lake is counted from a copy, with delta-rs and DuckDB: no line of Spark or o
 from __future__ import annotations
 
 import io
+import shutil
 import tarfile
 import time
 import urllib.request
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -18,7 +20,6 @@ from testinfra.host import Host
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 TOPIC = "ecom_clickstream_raw"
 LAKE = "/var/lib/lake"
@@ -176,3 +177,28 @@ def test_compaction_by_hand_changes_no_row(host: Host, tmp_path: Path, lake: Lak
     assert "silver.events" in said
     assert host.check_output("find /var/lib/lake -mindepth 1 -user root") == ""
     assert set(Lake(host, tmp_path / "after").offsets("silver/events")) == before
+
+
+def test_an_edit_restarts_the_service_it_concerns(
+    host: Host, tmp_path: Path, deploy: Callable[..., None], processes: Callable[..., Any]
+) -> None:
+    host.check_output("nodectl restart ecom-producer")
+    before = processes()
+    dags = tmp_path / "dags"
+    shutil.copytree(Path(__file__).parents[3] / "dags", dags, ignore=shutil.ignore_patterns("__pycache__"))
+    (dags / "molecule.py").write_text("# an edit\n")
+    deploy("pipeline", pipeline_dags_dir=str(dags), pipeline_trigger_bronze="11 seconds")
+    assert host.file("/opt/pipeline/dags/current/molecule.py").exists
+    after = processes()
+    assert {name for name in before if before[name] != after[name]} == {"ecom-streams"}
+
+
+def test_a_service_that_is_no_longer_wanted_is_gone(
+    host: Host, deploy: Callable[..., None], processes: Callable[..., Any]
+) -> None:
+    before = processes()
+    del before["ecom-producer"]
+    deploy("pipeline", pipeline_producer_enabled=False, pipeline_trigger_bronze="11 seconds")
+    assert processes() == before
+    state = host.check_output("systemctl show --property ActiveState,LoadState ecom-producer").split()
+    assert set(state) == {"ActiveState=inactive", "LoadState=not-found"}

@@ -85,6 +85,28 @@ def test_a_reader_reads_what_the_owner_makes_and_writes_nothing(host: Host, addr
     assert ask("DROP SCHEMA molecule CASCADE", user="analytics").rc == 0
 
 
+def test_rules_that_were_written_and_not_read_are_read_by_the_next_run(host: Host) -> None:
+    def apply() -> dict[str, object]:
+        return dict(json.loads(host.check_output("nodectl apply postgresql")))
+
+    loaded = "cd / && runuser -u postgres -- psql -X -At -c 'SELECT pg_conf_load_time()'"
+    assert apply()["action"] == "none"
+    before = host.check_output(loaded)
+    host.check_output("touch /etc/postgresql/*/main/pg_hba.conf")
+    assert apply()["action"] == "reload"
+    assert host.check_output(loaded) > before
+    assert apply()["changed"] is False
+
+
+def test_postgresql_is_shut_in_and_bounded(host: Host) -> None:
+    unit = json.loads(host.check_output("nodectl list --json"))["services"][0]["unit"]
+    pid = host.check_output("systemctl show --property MainPID --value %s", unit)
+    assert host.run("nsenter --target %s --mount -- touch /etc/molecule", pid).rc != 0, "it may write to /etc"
+    assert host.check_output("grep NoNewPrivs /proc/%s/status", pid).split() == ["NoNewPrivs:", "1"]
+    said = host.check_output("systemctl show --property MemoryMax,OOMPolicy %s", unit).split()
+    assert set(said) == {f"MemoryMax={2**30}", "OOMPolicy=continue"}
+
+
 def test_a_check_says_what_an_edit_would_change_and_changes_nothing(host: Host) -> None:
     users = [{"name": "auditor", "password": "not-a-password-of-anybody"}]
     databases = [{"name": "audit", "owner": "auditor", "readers": ["auditor"]}]

@@ -76,3 +76,10 @@ def test_sql_knows_delta(host: Host, result: list[str]) -> None:
     options = "--master local[1] --conf spark.ui.enabled=false --conf spark.eventLog.enabled=false"
     said = host.check_output(f"cd /tmp && runuser -u spark -- spark-sql {options} -S -e %s", statement)
     assert said.split()[-1] == "1000"
+
+
+def test_an_edit_restarts_the_service_it_concerns(deploy: Callable[..., None], processes: Callable[..., Any]) -> None:
+    before = processes()
+    deploy("spark", spark_config={"spark.history.fs.cleaner.maxAge": "8d"}, spark_worker_memory="1g")
+    after = processes()
+    assert {name for name in before if before[name] != after[name]} == {"spark-worker", "spark-history"}

@@ -81,5 +81,6 @@ module "platform" {
     spark_worker_memory     = "26g"
     spark_worker_memory_max = "28G"
     postgres_shared_buffers = "2GB"
+    postgres_memory_max     = "6G"
   }
 }
