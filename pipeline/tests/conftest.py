@@ -181,6 +181,16 @@ class Silver:
         query.awaitTermination()
         return query
 
+    def checkpoint(self) -> Path:
+        return Path(self.settings.checkpoint("silver").removeprefix("file://"))
+
+    def forget_last_commit(self) -> int:
+        """What a crash after the batch's writes and before its commit leaves behind."""
+        commits = self.checkpoint() / "commits"
+        last = max(int(path.name) for path in commits.iterdir() if path.name.isdigit())
+        (commits / str(last)).unlink()
+        return last
+
 
 def batches(path: Path) -> Iterator[tuple[datetime, list[dict[str, Any] | bytes]]]:
     """A golden case's input, a record a line: each batch with its time at the broker."""

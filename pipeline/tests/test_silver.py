@@ -33,16 +33,6 @@ class Stream(Silver):
         rows = silver.REJECTS.read(self.spark, self.settings).select("offset", "codes").collect()
         return sorted((row["offset"], row["codes"]) for row in rows)
 
-    def checkpoint(self) -> Path:
-        return Path(self.settings.checkpoint("silver").removeprefix("file://"))
-
-    def forget_last_commit(self) -> int:
-        """What a crash after the batch's writes and before its commit leaves behind."""
-        commits = self.checkpoint() / "commits"
-        last = max(int(path.name) for path in commits.iterdir() if path.name.isdigit())
-        (commits / str(last)).unlink()
-        return last
-
 
 @pytest.fixture
 def stream(spark: SparkSession, settings: Settings) -> Stream:

@@ -10,8 +10,10 @@ judges what is there already.
 
 Decisions the rules embody:
 - JSON is strict (RFC 8259): no single quotes, no NaN, nothing before or after the one object.
-- A key the contract does not name is ignored; Bronze keeps it. Of a repeated key the last value counts.
-- JSON null is a missing field. A wrong JSON type is not: it fails the field's own format rule.
+- A key the contract does not name is ignored; Bronze keeps it. Of a repeated key the last value counts; of `price`
+  the last that is a number or null, and null after another price fails `price_not_number`.
+- JSON null is a missing field. A wrong JSON type is not: it fails the field's own format rule, as the text it has in
+  JSON. So `true` and `false` are no words to `device_format`, which cannot tell them from "true" and "false".
 - `price` must be a JSON number with at most two decimals. "299.99" in quotes is rejected, not guessed.
 - `timestamp` is ISO 8601 with a zone (Z or an offset) and none to six decimals of a second.
 - The key of the Kafka record is not checked: it decides the partition, it says nothing about the event.
@@ -108,8 +110,8 @@ FIELD_RULES = (
     ),
     Rule(
         "device_format",
-        "device_type is not one lower-case word of 2 to 20 letters",
-        "e.device_type NOT RLIKE '^[a-z]{2,20}\\\\z'",
+        "device_type is not one lower-case word of 2 to 20 letters, or is true or false",
+        "e.device_type NOT RLIKE '^[a-z]{2,20}\\\\z' OR e.device_type IN ('true', 'false')",
         since=2,
     ),
     Rule(
