@@ -81,6 +81,10 @@ def short_password(hosts: dict[str, Any], site: dict[str, Any]) -> None:
     site["postgres_users"] = [{"name": name, "password": CANARY[:15]} for name in names]
 
 
+def cache_without_room(hosts: dict[str, Any], site: dict[str, Any]) -> None:
+    site |= {"postgres_shared_buffers": "768MB"}
+
+
 def published_password(hosts: dict[str, Any], site: dict[str, Any]) -> None:
     site |= {"airflow_local_login": False, "airflow_admin_password": "admin"}
 
@@ -113,6 +117,7 @@ MISTAKES: dict[Edit, tuple[str, ...]] = {
     even_quorum: ("zookeeper_hosts has 2 members", "odd number", "Add or remove a host in the group 'zookeeper'"),
     more_copies_than_brokers: ("kafka_topics: clicks has replication_factor 3", "1 broker", "must be from 1 to"),
     short_password: ("postgres_users needs at least 16 characters", "leave it out to have one generated"),
+    cache_without_room: ("postgres_memory_max is 1G with postgres_shared_buffers 768MB", "at least 512M beside"),
     published_password: ("airflow_admin_password is a published one. Remove it", "airflow_local_login"),
     published_password_on_a_server: (
         "clickstream at 192.0.2.1 is no guest of this machine",

@@ -256,6 +256,19 @@ def test_every_role_with_a_service_has_a_scenario(name: str) -> None:
         assert (ROOT / "molecule" / name / "molecule.yml").is_file()
 
 
+def test_the_sites_certificates_are_trusted_before_anything_is_downloaded() -> None:
+    found = [task for path, task in tasks("common") if path.name == "install.yml"]
+    names = [task["name"] for task in found]
+    first = next(index for index, task in enumerate(found) if "ansible.builtin.apt" in task)
+    assert names.index("Trust the site's CA certificates") < names.index("Rebuild the CA bundle") < first
+    # Where nothing makes a bundle yet, apt is told of them by itself.
+    (block,) = [task for task in found if "block" in task]
+    assert block["environment"] == "{{ common_apt_environment }}"
+    assert [task["name"] for task in found if "ansible.builtin.apt" in task] == [
+        task["name"] for task in block["block"]
+    ]
+
+
 # --- Templates -------------------------------------------------------------------------------------------------
 
 
