@@ -55,7 +55,8 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
         # compiler. The tests of the role and end to end run as the services do, with both.
         + "spark.sql.codegen.wholeStage false\n"
         "spark.sql.codegen.factoryMode NO_CODEGEN\n"
-        "spark.driver.extraJavaOptions -XX:TieredStopAtLevel=1\n"
+        # Without it the compiled code has 48 MB, and when they are full, nothing is compiled any more.
+        "spark.driver.extraJavaOptions -XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=240m\n"
         # the state of a query that a test stopped is not needed for long
         "spark.sql.streaming.stateStore.maintenanceInterval 600s\n"
     )

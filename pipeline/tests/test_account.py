@@ -5,25 +5,29 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import oracle
 import psycopg
 import pytest
-from conftest import CASES, NOW, Silver, Topic, batches, event, full_disk
+from conftest import CASES, KAFKA_COLUMNS, NOW, Silver, Topic, batches, event, full_disk
+from hypothesis import HealthCheck, Phase, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 
 from clickstream import account, bronze, checks, lake, silver
 from clickstream.errors import JobError
 from clickstream.marts import MartWriter
+from clickstream.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from pyspark.sql import DataFrame, SparkSession
-
-    from clickstream.settings import Settings
 
 
 class Lake(Silver):
@@ -36,8 +40,11 @@ class Lake(Silver):
             table.ensure(spark, settings)
 
     def send(self, values: Iterable[dict[str, Any] | bytes | None], at: datetime = NOW, partition: int = 0) -> None:
+        self.take(self.topic.records(values, at, partition))
+
+    def take(self, records: DataFrame) -> None:
         """Appends to the topic and to Bronze, and lets Silver's real query process it."""
-        records = self.topic.records(values, at, partition).coalesce(1).persist()
+        records = records.coalesce(1).persist()
         records.write.format("delta").mode("append").save(self.source)
         path = self.settings.table(bronze.CLICKSTREAM.name)
         bronze.archive(records).write.format("delta").mode("append").save(path)
@@ -60,6 +67,22 @@ class Lake(Silver):
         for row in silver.REJECTS.read(self.spark, self.settings).where("partition = 0").collect():
             found.setdefault(row["offset"], []).append(row["disposition"])
         return found
+
+    def placed(self) -> dict[oracle.Position, tuple[str, frozenset[str]]]:
+        """Where each record is in Silver, and its codes; the same offset twice is an error."""
+        rows = silver.EVENTS.read(self.spark, self.settings).selectExpr(
+            "partition", "offset", "'event'", "array() codes"
+        )
+        rejects = silver.REJECTS.read(self.spark, self.settings).select("partition", "offset", "disposition", "codes")
+        found = [((p, offset), (place, frozenset(codes))) for p, offset, place, codes in rows.union(rejects).collect()]
+        assert len(dict(found)) == len(found), "an offset is in Silver twice"
+        return dict(found)
+
+    def verdicts(self, survivors: Collection[oracle.Position] = ()) -> dict[oracle.Position, oracle.Verdict]:
+        """What the oracle says of Bronze."""
+        columns = "partition", "offset", "value", "unix_micros(timestamp)", "unix_micros(ingested_at)"
+        rows = bronze.CLICKSTREAM.read(self.spark, self.settings).selectExpr(*columns).collect()
+        return oracle.verdicts((oracle.Record(*row) for row in rows), survivors=survivors)
 
 
 @pytest.fixture
@@ -166,6 +189,24 @@ def test_of_late_events_with_one_id_the_earliest_counts(shop: Lake) -> None:
     shop.send([event(1, price=2), event(1, price=1)], at=NOW + timedelta(hours=3, seconds=1))
     shop.account()
     assert shop.places() == {0: ["events"], 1: ["events"], 2: ["conflicting_duplicate"]}
+
+
+def test_of_late_events_in_a_partition_the_earliest_offset_counts_whatever_the_clock_says(shop: Lake) -> None:
+    """A producer sets Kafka's timestamp, and its clock may go back; between partitions there is nothing else."""
+    late = NOW + timedelta(hours=3)
+    shop.send([event(9, timestamp="2025-11-29T15:00:00.000Z")], at=late)
+    shop.send([event(1, price=1), event(2, price=1)], at=late + timedelta(seconds=2))
+    shop.send([event(1, price=2)], at=late)
+    shop.send([event(2, price=2)], at=late + timedelta(seconds=1), partition=1)
+    shop.account()
+    assert shop.places() == {
+        0: ["events"],
+        1: ["events"],
+        2: ["conflicting_duplicate"],
+        3: ["conflicting_duplicate"],
+    }
+    found = silver.EVENTS.read(shop.spark, shop.settings).where("partition = 1").select("event_id").collect()
+    assert [row["event_id"] for row in found] == ["evt_00000002"]
 
 
 def test_a_hole_is_named_until_it_is_closed(shop: Lake) -> None:
@@ -285,3 +326,61 @@ def test_closed_is_what_both_streams_committed(spark: SparkSession, settings: Se
     assert account.closed(spark, settings) == {}
     checkpoint("silver", 2, {2: '{"0":40,"1":8}', 3: '{"0":60,"1":9}'})
     assert account.closed(spark, settings) == {("clicks", 0): 40, ("clicks", 1): 7}
+
+
+# An id's partition is that of its key, as a producer has it; now and then a record comes through another one.
+ARRIVALS = st.tuples(
+    st.integers(0, 9),
+    st.sampled_from([1, 1, "1.00", 2]),
+    st.sampled_from([0, 0, 0, 0, 0, 1]),
+    st.integers(0, 59),
+)
+
+
+@examples(
+    max_examples=3,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate],  # to make an example smaller takes minutes
+)
+@given(sent=st.lists(st.lists(ARRIVALS, min_size=1, max_size=14), min_size=2, max_size=3), replayed=st.integers(0, 2))
+def test_any_order_any_split_and_a_replay_end_where_the_oracle_says(
+    spark: SparkSession,
+    empty_lake: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    sent: list[list[tuple[int, int | str, int, int]]],
+    replayed: int,
+) -> None:
+    """Ids that come again, as they were or otherwise, early or after the watermark, in one batch or in several."""
+    root = tmp_path_factory.mktemp("any") / "lake"
+    shutil.copytree(empty_lake, root)
+    shop = Lake(spark, Settings(lake_uri=f"file://{root}"), Topic(spark))
+    # Else the last commit would be of a batch without records, and its replay nothing.
+    spark.conf.set("spark.sql.streaming.noDataMicroBatches.enabled", "false")
+    try:
+        ends = [0, 0]
+        for number, arrivals in enumerate(sent):
+            rows = []
+            for n, price, stray, second in arrivals:
+                # Half an hour of events, so that the watermark leaves some behind; each id has its own moment.
+                moment = NOW + timedelta(minutes=7 * (n % 5))
+                stamp = f"{moment:%Y-%m-%dT%H:%M:%SZ}"
+                value = json.dumps(event(n, timestamp=stamp, price=0)).replace("0}", f"{price}}}").encode()
+                partition = (n + stray) % 2
+                at = NOW + timedelta(hours=1, seconds=second)  # a producer's clock: it goes back and forth
+                rows.append(("topic", partition, ends[partition], at, 0, b"key", value, []))
+                ends[partition] += 1
+            shop.take(spark.createDataFrame(rows, KAFKA_COLUMNS))
+            if number == replayed:
+                shop.forget_last_commit()
+        shop.run()
+    finally:
+        spark.conf.unset("spark.sql.streaming.noDataMicroBatches.enabled")
+    report = shop.account()
+    assert report.unexplained == []
+    placed = shop.placed()
+    # Of two partitions' first records with one id the stream may keep either.
+    survivors = {position for position, (place, _) in placed.items() if place == "event"}
+    assert placed == {position: verdict[:2] for position, verdict in shop.verdicts(survivors).items()}
+    assert sum(row["bronze"] for row in report.ledger) == sum(ends) == len(placed)

@@ -188,8 +188,8 @@ def classify(candidates: DataFrame, known: DataFrame) -> DataFrame:
     """What each valid record that is not in Silver is: adds `disposition` to the candidates. Pure.
 
     Both have `event_id`, `kafka_timestamp`, the position and the content. The record that counts is the one that
-    is known, else a candidate that is `served` (there already, and judged again), else the earliest by Kafka's clock,
-    then by partition and offset.
+    is known, else a candidate that is `served` (there already, and judged again), else the earliest: within a
+    partition by offset, whatever the producer's clock said; between partitions by Kafka's time, then by partition.
     """
     content = F.struct(*CONTENT)
     columns = ["event_id", *POSITION, "kafka_timestamp", "own", "served"]
@@ -200,11 +200,15 @@ def classify(candidates: DataFrame, known: DataFrame) -> DataFrame:
         .select(*columns, F.lit(True).alias("is_known"))
     )
     first = Window.partitionBy("event_id").orderBy(
-        F.col("is_known").desc(), F.col("served").desc(), "kafka_timestamp", "partition", "offset"
+        F.col("is_known").desc(), F.col("served").desc(), "reached", "partition", "offset"
     )
+    # The latest time up to a record: it never goes back within a partition, so there the offset decides.
+    reached = F.max("kafka_timestamp").over(Window.partitionBy("event_id", "topic", "partition").orderBy("offset"))
     judged = (
         mine.select(*columns, "is_known")
         .unionByName(theirs)
+        .repartition("event_id")  # for both windows at once
+        .withColumn("reached", reached)
         .withColumn("kept", F.first("own").over(first))
         .withColumn("place", F.row_number().over(first))
         .where(~F.col("is_known"))

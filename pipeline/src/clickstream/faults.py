@@ -10,10 +10,10 @@ what Silver keeps and refuses can be measured against what was sent, position by
   future      valid, but further ahead than the allowed skew          -> invalid
   malformed   each form of wrong record in turn                       -> invalid
 
-Of an event and its repetition Silver keeps one; when both are in one batch, it may be the later one. So compare these
-by event_id, the others by offset. An event is repeated at most once, so that there is one answer to each id. The
-truth assumes that the broker took every record: a run that reports failures measures nothing. It also assumes that the
-ids are new: a second run with the same --seed against the same lake needs a --first-id of its own.
+Of an event and its repetition Silver keeps the one with the lower offset: both have one key, and so are in one
+partition. An event is repeated at most once. The truth assumes that the broker took every record, in the order in which
+they were sent: a run that reports failures measures nothing. It also assumes that the ids are new: a second run with
+the same --seed against the same lake needs a --first-id of its own.
 """
 
 from __future__ import annotations
