@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections import Counter
 from datetime import timedelta
@@ -23,7 +24,7 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from py4j.protocol import Py4JJavaError
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-from clickstream import account, bronze, compact, gold, silver
+from clickstream import account, bronze, compact, gold, lake, silver
 from clickstream.lake import JobError, locked
 from clickstream.settings import Settings
 
@@ -260,3 +261,115 @@ def test_one_job_at_a_time(spark: SparkSession, settings: Settings) -> None:
         pytest.fail("two jobs hold one lock")
     with locked(spark, settings, "job"):
         pass
+
+
+def locks(s3: Any, settings: Settings) -> list[str]:
+    """Names of the files of locks; their folder stays, as an object of its own."""
+    prefix = settings.lake_uri.removeprefix(f"s3a://{BUCKET}/") + "/_locks/"
+    found = s3.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
+    return [each["Key"].removeprefix(prefix) for each in found if each["Key"] != prefix]
+
+
+def leave(s3: Any, settings: Settings, name: str, run: str) -> None:
+    """The file of a run that was killed more than a minute ago."""
+    key = f"{settings.lake_uri.removeprefix(f's3a://{BUCKET}/')}/_locks/{name}"
+    s3.put_object(Bucket=BUCKET, Key=key, Body=f"{time.time() - 61:.3f} app-1 {run}".encode())
+
+
+@pytest.mark.parametrize("generations", [1, 2])
+def test_of_those_who_find_a_lock_expired_one_gets_it(
+    spark: SparkSession, s3: Any, settings: Settings, generations: int
+) -> None:
+    """Also when the run that took over from the first was killed, too."""
+    for _ in range(3):
+        leave(s3, settings, "job", "first")
+        if generations == 2:
+            leave(s3, settings, "job.first", "second")
+        together, tried = threading.Barrier(3), threading.Barrier(3)
+        held: list[str] = []
+        refused: list[str] = []
+
+        def contend(
+            name: str, together: threading.Barrier, tried: threading.Barrier, held: list[str], refused: list[str]
+        ) -> None:
+            together.wait()
+            try:
+                with locked(spark, settings, "job"):
+                    held.append(name)
+                    tried.wait(60)
+            except JobError:
+                refused.append(name)
+                tried.wait(60)
+
+        threads = [
+            threading.Thread(target=contend, args=(name, together, tried, held, refused)) for name in ("a", "b", "c")
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (len(held), len(refused)) == (1, 2)
+        assert locks(s3, settings) == []
+
+
+def test_a_lock_that_another_took_over_and_gave_back_is_a_new_one(
+    spark: SparkSession, s3: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of that after this run saw it expired."""
+    leave(s3, settings, "job", "first")
+    read = lake._Locks.read
+    seen: list[str] = []
+
+    def slow(self: lake._Locks, uri: str) -> tuple[float, str]:
+        found = read(self, uri)
+        if not seen:
+            seen.append(uri)
+            with locked(spark, settings, "job"):
+                assert locks(s3, settings) == ["job", "job.first"]
+            assert locks(s3, settings) == []
+        return found
+
+    monkeypatch.setattr(lake._Locks, "read", slow)
+    with locked(spark, settings, "job"):
+        assert locks(s3, settings) == ["job"]
+    assert locks(s3, settings) == []
+
+
+def test_a_run_that_comes_back_late_leaves_the_lock_to_its_successor(
+    spark: SparkSession, s3: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lake, "LOCK_EXPIRES_S", -1.0)
+    with locked(spark, settings, "job"):
+        successor = locked(spark, settings, "job")
+        successor.__enter__()
+        monkeypatch.undo()
+    assert len(locks(s3, settings)) == 2
+    with pytest.raises(JobError, match="holds s3a://"), locked(spark, settings, "job"):
+        pass
+    successor.__exit__(None, None, None)
+    assert locks(s3, settings) == []
+
+
+def test_a_commit_that_was_not_written_to_its_end_is_none(
+    spark: SparkSession, s3: Any, settings: Settings, tmp_path: Path
+) -> None:
+    """The disk that buffers it is full: what is there already must not become the object."""
+    folder = tmp_path / "buffer"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "buffer", folder], check=False).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        jvm = spark._jvm
+        assert jvm is not None
+        conf = jvm.org.apache.hadoop.conf.Configuration(spark.sparkContext._jsc.hadoopConfiguration())
+        conf.set("fs.s3a.buffer.dir", str(folder))
+        conf.set("fs.s3a.multipart.size", "5M")
+        conf.set("fs.s3a.impl.disable.cache", "true")
+        path = f"{settings.lake_uri}/log/{0:020d}.json"
+        lines = jvm.java.util.List.of("x" * (12 << 20)).iterator()
+        with pytest.raises(Py4JJavaError, match=r"directory|space"):
+            jvm.clickstream.S3Log(conf).write(jvm.org.apache.hadoop.fs.Path(path), lines, False, conf)
+        prefix = path.removeprefix(f"s3a://{BUCKET}/")
+        assert "Contents" not in s3.list_objects_v2(Bucket=BUCKET, Prefix=prefix)
+    finally:
+        subprocess.run(["umount", folder], check=True)

@@ -7,8 +7,26 @@ locals {
     "zookeeper", "kafka", "hdfs_namenode", "hdfs_datanode", "spark_master", "spark_worker", "postgres", "airflow", "pipeline",
     "monitoring",
   ]
-  zones = { for letter in ["a", "b", "c"] : letter => "${var.region}${letter}" }
-  ami   = coalesce(var.ami_id, one(data.aws_ami.debian[*].id))
+  letters = ["a", "b", "c"]
+  zones   = zipmap(local.letters, slice(coalesce(var.zones, one(data.aws_availability_zones.region[*].names)), 0, 3))
+  ami     = coalesce(var.ami_id, one(data.aws_ami.debian[*].id))
+}
+
+# Not every account has a zone that ends in a.
+data "aws_availability_zones" "region" {
+  count = var.zones == null ? 1 : 0
+
+  filter {
+    name   = "opt-in-status"
+    values = ["opt-in-not-required"]
+  }
+
+  lifecycle {
+    postcondition {
+      condition     = length(self.names) >= 3
+      error_message = "region: ${var.region} has fewer than three zones; give one with three, or name a zone more than once in zones."
+    }
+  }
 }
 
 # Debian's own account, the same in every region.
@@ -39,6 +57,7 @@ module "network" {
 module "lake" {
   source             = "../modules/lake"
   name               = var.name
+  prefix             = var.lake_prefix
   keep_versions_days = var.lake_keep_versions_days
 }
 
@@ -65,7 +84,7 @@ module "nodes" {
     for node, settings in var.nodes : node => {
       type             = local.prices.sizes[settings.size].type
       subnet_id        = module.network.private_subnets[settings.zone]
-      zone             = local.zones[settings.zone]
+      zone             = module.network.zones[settings.zone]
       root_gib         = settings.root_gib
       disks            = settings.disks
       security_group   = module.access.security_groups[node]

@@ -1,16 +1,20 @@
 locals {
-  bastion = "admin@${module.access.bastion_address}"
+  # A machine that is made anew under an old address has a name of its own among the known ones.
   known   = "-o StrictHostKeyChecking=accept-new"
+  bastion = "${local.known} -o HostKeyAlias=${module.access.bastion.instance_id} admin@${module.access.bastion_address}"
   hosts = {
-    for node, settings in var.nodes : node => {
-      ansible_host = module.nodes.nodes[node].address
-      # A machine that is made anew under an old address has a name of its own among the known ones.
-      ansible_ssh_common_args = "${local.known} -o HostKeyAlias=${module.nodes.nodes[node].instance_id} -o ProxyCommand='ssh ${local.known} -W %h:%p ${local.bastion}'"
-      # What a local guest of this node would have: the same file starts the topology under Vagrant.
-      vm_cpus      = local.prices.sizes[settings.size].vcpus
-      vm_memory    = local.prices.sizes[settings.size].memory_mib
-      common_disks = module.nodes.nodes[node].disks
-    }
+    for node, settings in var.nodes : node => merge(
+      {
+        ansible_host            = module.nodes.nodes[node].address
+        ansible_ssh_common_args = "${local.known} -o HostKeyAlias=${module.nodes.nodes[node].instance_id} -o ProxyCommand='ssh -W %h:%p ${local.bastion}'"
+        # The size of a local guest, were one made of this node; every inventory says it.
+        vm_cpus      = local.prices.sizes[settings.size].vcpus
+        vm_memory    = local.prices.sizes[settings.size].memory_mib
+        common_disks = module.nodes.nodes[node].disks
+      },
+      contains(settings.groups, "kafka") ? { kafka_broker_id = settings.id } : {},
+      contains(settings.groups, "zookeeper") ? { zookeeper_id = settings.id } : {},
+    )
   }
   hosts_file = {
     all = {
@@ -28,21 +32,30 @@ locals {
     vm_release                 = "debian13"
     lake_uri                   = module.lake.uri
     spark_event_log_dir        = module.lake.events_uri
+    # The cloud's own, which every machine reaches: no way leads to Debian's.
+    common_ntp_servers = ["169.254.169.123"]
+    # Where the tunnel ends: Airflow sends a browser that logs in to this address.
+    airflow_base_url = "http://localhost:8087"
+    # Nodes, and dashboards through the tunnel.
+    postgres_client_networks = [
+      for address in concat([for node in module.nodes.nodes : node.address], [module.access.bastion.private_address]) : "${address}/32"
+    ]
     # The ports that the table of traffic lets through.
     spark_worker_port = 7078
-    spark_config = {
+    kafka_topics = [{
+      name               = "ecom_clickstream_raw"
+      partitions         = 3
+      replication_factor = coalesce(var.kafka_replication_factor, min(3, length([for node in var.nodes : 1 if contains(node.groups, "kafka")])))
+      configs            = { "retention.ms" = "604800000", "message.timestamp.after.max.ms" = "3600000" }
+    }]
+    }, var.inventory_variables, {
+    spark_config = merge({
       "spark.driver.port"                   = 7100
       "spark.blockManager.port"             = 7200
       "spark.port.maxRetries"               = 31
       "spark.hadoop.fs.s3a.endpoint.region" = var.region
-    }
-    kafka_topics = [{
-      name               = "ecom_clickstream_raw"
-      partitions         = 3
-      replication_factor = var.kafka_replication_factor
-      configs            = { "retention.ms" = "604800000", "message.timestamp.type" = "LogAppendTime" }
-    }]
-  }, var.inventory_variables)
+    }, try(var.inventory_variables.spark_config, {}))
+  })
 
   tunnels = {
     for name, page in {
@@ -50,8 +63,9 @@ locals {
       "Spark master"  = { group = "spark_master", port = 8080, path = "/" }
       "Spark history" = { group = "spark_master", port = 18080, path = "/" }
       Metrics         = { group = "pipeline", port = 9108, path = "/metrics" }
+      Marts           = { group = "postgres", port = 5432, path = "/analytics", scheme = "postgresql" }
       } : name => {
-      url     = "http://localhost:${page.port}${page.path}"
+      url     = "${try(page.scheme, "http")}://localhost:${page.port}${page.path}"
       command = "ssh -N -L ${page.port}:${[for node, s in var.nodes : module.nodes.nodes[node].address if contains(s.groups, page.group)][0]}:${page.port} ${local.bastion}"
     }
   }
@@ -94,16 +108,24 @@ output "tunnels" {
 }
 
 output "ssh_config" {
-  description = "For ~/.ssh/config: ssh <name>-<node>."
+  description = "For ssh -F or ~/.ssh/config: ssh <name>-<node>."
   value = join("\n", concat(
-    ["Host ${var.name}-bastion", "  HostName ${module.access.bastion_address}", "  User admin", ""],
+    [
+      "Host ${var.name}-bastion", "  HostName ${module.access.bastion_address}", "  User admin",
+      "  HostKeyAlias ${module.access.bastion.instance_id}", "  StrictHostKeyChecking accept-new", "",
+    ],
     flatten([
       for node, made in module.nodes.nodes : [
         "Host ${var.name}-${node}", "  HostName ${made.address}", "  User admin", "  ProxyJump ${var.name}-bastion",
-        "  HostKeyAlias ${made.instance_id}", "",
+        "  HostKeyAlias ${made.instance_id}", "  StrictHostKeyChecking accept-new", "",
       ]
     ]),
   ))
+}
+
+output "ssh_hosts" {
+  description = "Names of the nodes in ssh_config."
+  value       = [for node in keys(var.nodes) : "${var.name}-${node}"]
 }
 
 output "monthly_cost" {

@@ -1,6 +1,6 @@
 variable "name" {
   type        = string
-  description = "Begins the name of everything, and names the inventory: ansible/inventories/<name> (clickstream- left out)."
+  description = "Begins the name of everything. The inventory is named by the environment's folder."
 
   validation {
     condition     = can(regex("^[a-z][a-z0-9-]{1,30}[a-z0-9]$", var.name))
@@ -15,6 +15,17 @@ variable "region" {
   validation {
     condition     = can(regex("^[a-z]{2}(-[a-z]+)+-[0-9]$", var.region))
     error_message = "region: give the name of a region, for example us-east-1."
+  }
+}
+
+variable "zones" {
+  type        = list(string)
+  description = "The region's zones that a, b and c are. Without it its first three; a zone that has subnets keeps its letter."
+  default     = null
+
+  validation {
+    condition     = var.zones == null || try(length(var.zones) == 3 && alltrue([for zone in var.zones : startswith(zone, var.region)]), false)
+    error_message = "zones: name three zones of the region, for example [\"us-east-1a\", \"us-east-1c\", \"us-east-1d\"], or leave it out."
   }
 }
 
@@ -96,10 +107,11 @@ variable "nodes" {
     groups   = list(string)
     size     = string
     zone     = string
+    id       = optional(number, 1)
     root_gib = optional(number, 30)
-    disks    = optional(map(object({ size_gib = number, mount = string })), {})
+    disks    = optional(map(object({ size_gib = number, mount = string, letter = optional(string, "f") })), {})
   }))
-  description = "Node to its groups in the inventory, size (prices.yaml), zone (a, b or c) and data disks by name."
+  description = "Node to its groups in the inventory, size (prices.yaml), zone (a, b or c), number among brokers and ZooKeepers, and data disks by name. Numbers and letters are of what has data: never change one."
 
   validation {
     condition     = length(var.nodes) > 0 && alltrue([for node, _ in var.nodes : can(regex("^[a-z][a-z0-9-]{0,20}$", node))])
@@ -133,9 +145,23 @@ variable "nodes" {
   }
   validation {
     condition = alltrue([
-      for node in values(var.nodes) : length(node.disks) <= 11 && length(distinct([for disk in node.disks : disk.mount])) == length(node.disks)
+      for node in values(var.nodes) : length(distinct([for disk in node.disks : disk.mount])) == length(node.disks)
     ])
-    error_message = "nodes: give each disk of a node a mount of its own; a node has at most 11 disks."
+    error_message = "nodes: give each disk of a node a mount of its own."
+  }
+  validation {
+    condition = alltrue([
+      for node in values(var.nodes) : length(distinct([for disk in node.disks : disk.letter])) == length(node.disks) &&
+      alltrue([for disk in node.disks : can(regex("^[f-p]$", disk.letter))])
+    ])
+    error_message = "nodes: give each disk of a node a letter of its own, from f to p, and let those that are there keep theirs."
+  }
+  validation {
+    condition = alltrue([
+      for group in ["kafka", "zookeeper"] :
+      length(distinct([for node in var.nodes : node.id if contains(node.groups, group)])) == length([for node in var.nodes : 1 if contains(node.groups, group)])
+    ]) && alltrue([for node in var.nodes : node.id >= 1 && node.id <= 255 && floor(node.id) == node.id])
+    error_message = "nodes: give each broker and ZooKeeper an id of its own, from 1 to 255, and let those that are there keep theirs."
   }
   validation {
     condition     = alltrue([for node in values(var.nodes) : node.root_gib >= 16])
@@ -162,15 +188,26 @@ variable "nodes" {
 
 variable "kafka_replication_factor" {
   type        = number
-  description = "Copies of each record of the topic."
-  default     = 1
+  description = "Copies of each record of the topic. Without it 3, or as many as there are brokers."
+  default     = null
 
   validation {
-    condition = (
+    condition = var.kafka_replication_factor == null || try(
       var.kafka_replication_factor >= 1 && floor(var.kafka_replication_factor) == var.kafka_replication_factor &&
-      var.kafka_replication_factor <= length([for node in var.nodes : 1 if contains(node.groups, "kafka")])
+      var.kafka_replication_factor <= length([for node in var.nodes : 1 if contains(node.groups, "kafka")]), false
     )
     error_message = "kafka_replication_factor: give a whole number from 1 to the number of nodes in the group kafka; lower it or add brokers."
+  }
+}
+
+variable "lake_prefix" {
+  type        = string
+  description = "Where in the bucket the tables are. A platform that is made anew beside a lake that was kept needs another."
+  default     = "lake"
+
+  validation {
+    condition     = can(regex("^[a-z0-9][a-z0-9-]{0,30}$", var.lake_prefix)) && var.lake_prefix != "spark-events"
+    error_message = "lake_prefix: give lower-case letters, digits and hyphens, for example lake-2; spark-events is taken."
   }
 }
 
@@ -193,5 +230,21 @@ variable "inventory_variables" {
   validation {
     condition     = can(keys(var.inventory_variables))
     error_message = "inventory_variables: give a map of variables, for example {spark_worker_memory = \"2g\"}."
+  }
+  validation {
+    condition = !anytrue([
+      for name in try(keys(var.inventory_variables), []) : can(regex("^(ansible_.*|.*_port|lake_uri|spark_event_log_dir)$", name))
+    ])
+    error_message = "inventory_variables: remove lake_uri, spark_event_log_dir, ansible_* and *_port; lake_prefix says where the tables are, and terraform/traffic.yaml which ports are open."
+  }
+  validation {
+    condition = !anytrue([
+      for name in try(keys(var.inventory_variables.spark_config), []) : can(regex("\\.port(\\.|$)|endpoint\\.region$", name))
+    ])
+    error_message = "inventory_variables: remove ports and the region from spark_config; they follow from terraform/traffic.yaml and region."
+  }
+  validation {
+    condition     = var.kafka_replication_factor == null || !can(var.inventory_variables.kafka_topics)
+    error_message = "inventory_variables: kafka_topics says how many copies there are; leave kafka_replication_factor out."
   }
 }

@@ -20,13 +20,19 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session")
-def modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of terraform/, so that neither state nor plugins come into the clone."""
-    if shutil.which("terraform") is None:
-        pytest.fail("Terraform is not installed here")
     copy = tmp_path_factory.mktemp("copy") / "terraform"
     shutil.copytree(ROOT / "terraform", copy, ignore=shutil.ignore_patterns(".terraform*", "*.tfstate*", "*.tfvars"))
     return copy
+
+
+@pytest.fixture(scope="session")
+def modules(files: Path) -> Path:
+    """The copy, where there is Terraform to work in it."""
+    if shutil.which("terraform") is None:
+        pytest.fail("Terraform is not installed here")
+    return files
 
 
 @pytest.fixture(scope="session")

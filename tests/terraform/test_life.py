@@ -131,8 +131,9 @@ class Life:
         self.said, _ = self._up.communicate()
         assert self._up.returncode == 0, self.said
 
-    def cloud(self, verb: str, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.command(verb, *words), env=self.env, capture_output=True, text=True, check=False)
+    def cloud(self, verb: str, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        command = self.command(verb, *words)
+        return subprocess.run(command, env=self.env | env, capture_output=True, text=True, check=False)
 
     def output(self) -> dict[str, Any]:
         return dict(json.loads(terraform(self.folder, self.env, "output", "-json").stdout)["platform"]["value"])
@@ -144,6 +145,18 @@ class Life:
 def client(service: str, env: dict[str, str], kind: str = "client") -> Any:
     keys = {"aws_access_key_id": env["AWS_ACCESS_KEY_ID"], "aws_secret_access_key": env["AWS_SECRET_ACCESS_KEY"]}
     return getattr(boto3, kind)(service, endpoint_url=env["AWS_ENDPOINT_URL"], region_name=env["AWS_REGION"], **keys)
+
+
+def instances(life: Life) -> dict[str, dict[str, Any]]:
+    """Name to what the cloud says of a machine."""
+    ours = [{"Name": "tag:Environment", "Values": [f"clickstream-{life.name}"]}]
+    found = client("ec2", life.env).describe_instances(Filters=ours)["Reservations"]
+    return {
+        next(tag["Value"] for tag in instance["Tags"] if tag["Key"] == "Name"): instance
+        for each in found
+        for instance in each["Instances"]
+        if instance["State"]["Name"] != "terminated"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +210,13 @@ def test_the_inventory_keeps_the_schema(lives: dict[str, Life], name: str) -> No
     assert variables["lake_uri"] == f"s3a://clickstream-{name}-lake-123456789012/lake"
     hosts = test_layout.hosts(life.inventory)
     assert hosts.keys() == NODES[name]
+    numbers = {
+        host: (said["kafka_broker_id"], said["zookeeper_id"]) for host, said in hosts.items() if "zookeeper_id" in said
+    }
+    assert numbers == {
+        "dev": {"clickstream": (1, 1)},
+        "prod": {"broker-a": (1, 1), "broker-b": (2, 2), "broker-c": (3, 3)},
+    }[name]  # fmt: skip
     volumes = {volume["VolumeId"].replace("-", "") for volume in client("ec2", life.env).describe_volumes()["Volumes"]}
     disks = [disk["device"].rpartition("_")[2] for host in hosts.values() for disk in host["common_disks"]]
     assert set(disks) <= volumes
@@ -302,9 +322,69 @@ def test_cost_and_tunnels(life: Life) -> None:
     assert cost["usd_per_month"] == round(sum(line["usd_per_month"] for line in cost["lines"]))
     (host,) = test_layout.hosts(life.inventory).values()
     tunnel = output["tunnels"]["Airflow"]
-    assert tunnel["url"] == "http://localhost:8087/"
-    assert f"-L 8087:{host['ansible_host']}:8087 admin@" in tunnel["command"]
-    assert "ProxyJump clickstream-dev-bastion" in output["ssh_config"]
+    variables = yaml.safe_load((life.inventory / "group_vars/all/main.yml").read_text())
+    assert tunnel["url"] == f"{variables['airflow_base_url']}/" == "http://localhost:8087/"
+    assert f" -L 8087:{host['ansible_host']}:8087 " in tunnel["command"]
+    assert output["tunnels"]["Marts"]["url"] == "postgresql://localhost:5432/analytics"
+    bastion = instances(life)["clickstream-dev-bastion"]
+    assert variables["postgres_client_networks"] == [f"{host['ansible_host']}/32", f"{bastion['PrivateIpAddress']}/32"]
+    # A bastion that is made anew has another key under the same address.
+    alias = f"-o HostKeyAlias={bastion['InstanceId']} admin@{bastion['PublicIpAddress']}"
+    assert tunnel["command"].endswith(alias)
+    assert (
+        f"-o ProxyCommand='ssh -W %h:%p -o StrictHostKeyChecking=accept-new {alias}'" in host["ansible_ssh_common_args"]
+    )
+
+
+def test_the_ssh_configuration(life: Life) -> None:
+    def says(host: str) -> dict[str, str]:
+        done = subprocess.run(
+            ["ssh", "-G", "-F", life.inventory / "ssh.cfg", host], capture_output=True, text=True, check=True
+        )
+        return {key: value for key, _, value in (line.partition(" ") for line in done.stdout.splitlines())}
+
+    made = instances(life)
+    node, bastion = says("clickstream-dev-clickstream"), says("clickstream-dev-bastion")
+    assert node["hostname"] == made["clickstream-dev-clickstream"]["PrivateIpAddress"]
+    assert node["hostkeyalias"] == made["clickstream-dev-clickstream"]["InstanceId"]
+    assert node["proxyjump"] == "clickstream-dev-bastion"
+    assert bastion["hostname"] == made["clickstream-dev-bastion"]["PublicIpAddress"]
+    assert bastion["hostkeyalias"] == made["clickstream-dev-bastion"]["InstanceId"]
+
+
+def test_the_small_environment_is_the_topology_single(life: Life) -> None:
+    single = yaml.safe_load((ROOT / "ansible/inventories/single/group_vars/all/main.yml").read_text())
+    variables = yaml.safe_load((life.inventory / "group_vars/all/main.yml").read_text())
+    of_its_own = {"lake_uri", "extra_ca_certificates", "artifact_cache_dir"}
+    assert {name: variables.get(name) for name in single.keys() - of_its_own} == {
+        name: value for name, value in single.items() if name not in of_its_own
+    }
+
+
+def test_plan_and_status(life: Life, tmp_path: Path) -> None:
+    """Nobody answers the status; what Terraform knows is said all the same."""
+    planned = life.cloud("plan")
+    assert planned.returncode == 0, planned.stdout + planned.stderr
+    assert "No changes." in planned.stdout
+    ssh = tmp_path / "ssh"
+    ssh.write_text("#!/bin/sh\nexit 255\n")
+    ssh.chmod(0o755)
+    (life.inventory / "ssh.cfg").unlink()
+    status = life.cloud("status", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert status.returncode not in (0, 1) or "unreachable" in (status.stdout + status.stderr).lower()
+    assert f"ssh -F {life.inventory}/ssh.cfg clickstream-dev-clickstream" in status.stdout
+    assert "http://localhost:8087/" in status.stdout
+    assert (life.inventory / "ssh.cfg").is_file()
+
+
+def test_a_stopped_machine_is_started(life: Life) -> None:
+    """Terraform stops one to take a disk away."""
+    node = instances(life)["clickstream-dev-clickstream"]["InstanceId"]
+    client("ec2", life.env).stop_instances(InstanceIds=[node])
+    up = life.cloud("up", "--yes", "--machines-only")
+    assert up.returncode == 0, up.stdout + up.stderr
+    assert f"cloud: {node} is stopped; starting it" in up.stdout
+    assert instances(life)["clickstream-dev-clickstream"]["State"]["Name"] == "running"
 
 
 @pytest.fixture(scope="module")
@@ -364,6 +444,19 @@ def test_who_reaches_whom(network: tuple[dict[str, set[str]], Any]) -> None:
     assert wrong == []
 
 
+def test_every_rule_is_tcp_between_machines_or_the_two_ways_out(network: tuple[dict[str, set[str]], Any]) -> None:
+    """What the test above does not look at: other protocols, and rules that name addresses."""
+    classes, rules = network
+    assert {rule["IpProtocol"] for rule in rules} == {"tcp"}
+    assert not [rule for rule in rules if {"CidrIpv6", "PrefixListId"} & rule.keys()]
+    named = {rule["ReferencedGroupInfo"]["GroupId"] for rule in rules if "ReferencedGroupInfo" in rule}
+    assert named <= rules[0]["Names"].keys()
+    out = [rule for rule in rules if rule["IsEgress"] and "ReferencedGroupInfo" not in rule]
+    assert sorted((rule["Class"], rule["CidrIpv4"], rule["FromPort"], rule["ToPort"]) for rule in out) == sorted(
+        (name, "0.0.0.0/0", port, port) for name in classes for port in (80, 443)
+    )
+
+
 def test_from_outside_only_the_bastion_is_reached(network: tuple[dict[str, set[str]], Any]) -> None:
     _, rules = network
     outside = [rule for rule in rules if not rule["IsEgress"] and "ReferencedGroupInfo" not in rule]
@@ -381,32 +474,87 @@ def test_the_ports_are_those_of_the_roles() -> None:
     assert {name for name, port in ports.items() if port and port not in opened} == set()
 
 
+def removed(life: Life, *words: str) -> str:
+    """What is said when all of it goes."""
+    done = life.cloud("down", "--yes", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert terraform(life.folder, life.env, "state", "list").stdout == ""
+    assert instances(life) == {}
+    buckets = client("s3", life.env).list_buckets()["Buckets"]
+    assert f"clickstream-{life.name}-lake-123456789012" not in {found["Name"] for found in buckets}
+    return done.stdout
+
+
 def test_it_ends_with_the_lake_only_when_told(life: Life) -> None:
     bucket = life.bucket()
-    bucket.put_object(Key="lake/silver/events/part-0.parquet", Body=b"rows")
-    refused = life.cloud("down", "--yes")
-    assert refused.returncode == 1
-    assert f"the lake s3://{bucket.name} holds data. LAKE=keep removes all but the lake" in refused.stderr
-    assert "LAKE=delete removes the data for good" in refused.stderr
+    for key in ("spark-events/app-1", "elsewhere/part-0.parquet", "lake/silver/events/part-0.parquet"):
+        bucket.put_object(Key=key, Body=b"rows")
+    bucket.Object("lake/silver/events/part-0.parquet").delete()
+    # Of a deleted object, and of one that is in no table, there is still something to lose.
+    for key in ("lake/", "elsewhere/"):
+        refused = life.cloud("down", "--yes")
+        assert refused.returncode == 1
+        assert f"the lake s3://{bucket.name} holds data. LAKE=keep removes all but the lake" in refused.stderr
+        assert "LAKE=delete removes the data for good" in refused.stderr
+        bucket.object_versions.filter(Prefix=key).delete()
+    assert "clickstream-dev-clickstream" in instances(life)
 
     # Terraform alone cannot, whoever asks.
-    done = subprocess.run(
-        ["terraform", f"-chdir={life.folder}", "destroy", "-auto-approve", "-no-color"],
-        env=life.env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "prevent_destroy" in done.stderr
+    bucket.put_object(Key="lake/silver/events/part-0.parquet", Body=b"rows")
+    for target in ("aws_s3_bucket", "aws_kms_key"):
+        done = subprocess.run(
+            ["terraform", f"-chdir={life.folder}", "destroy", "-auto-approve", "-no-color",
+             f"-target=module.platform.module.lake.{target}.this"],
+            env=life.env, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert f"module.platform.module.lake.{target}.this has" in done.stderr
+        assert "prevent_destroy" in done.stderr
 
     kept = life.cloud("down", "--yes", "--lake", "keep")
     assert kept.returncode == 0, kept.stdout + kept.stderr
-    ours = [{"Name": "tag:Environment", "Values": ["clickstream-dev"]}]
-    found = client("ec2", life.env).describe_instances(Filters=ours)["Reservations"]
-    states = [instance["State"]["Name"] for each in found for instance in each["Instances"]]
-    assert set(states) == {"terminated"}
+    assert instances(life) == {}
     assert [each.key for each in bucket.objects.filter(Prefix="lake/")] == ["lake/silver/events/part-0.parquet"]
 
-    gone = life.cloud("down", "--yes", "--lake", "delete")
-    assert gone.returncode == 0, gone.stdout + gone.stderr
-    assert terraform(life.folder, life.env, "state", "list").stdout == ""
-    names = [found["Name"] for found in client("s3", life.env).list_buckets()["Buckets"]]
-    assert bucket.name not in names
+
+def test_a_new_platform_does_not_go_on_with_a_kept_lake(life: Life) -> None:
+    """Its checkpoints name offsets of a Kafka that is gone."""
+    refused = life.cloud("up", "--yes", "--machines-only")
+    assert refused.returncode == 1
+    assert "/lake holds tables whose Kafka is gone" in refused.stderr
+    assert f"another lake_prefix in {life.folder}/main.tf, for example lake-2" in refused.stderr
+    assert instances(life) == {}
+
+    main = life.folder / "main.tf"
+    main.write_text(re.sub(r'(lake_prefix +=) "lake"', r'\1 "lake-2"', main.read_text()))
+    up = life.cloud("up", "--yes", "--machines-only")
+    assert up.returncode == 0, up.stdout + up.stderr
+    variables = yaml.safe_load((life.inventory / "group_vars/all/main.yml").read_text())
+    assert variables["lake_uri"] == "s3a://clickstream-dev-lake-123456789012/lake-2"
+    removed(life, "--lake", "delete")
+    assert removed(life) == "cloud: nothing is there\n"
+
+
+def test_what_was_half_made_is_removed(life: Life) -> None:
+    """With the state in S3: a first `up` that stopped early, and a `down` that stopped when the bucket was gone."""
+    client("s3", life.env).create_bucket(Bucket="state")
+    (life.folder / "backend.hcl").write_text(
+        'bucket = "state"\nkey = "dev"\nregion = "us-east-1"\nuse_lockfile = true\nuse_path_style = true\n'
+    )
+    planned = life.cloud("plan")
+    assert planned.returncode == 0, planned.stdout + planned.stderr
+    parts = [f"-target=module.platform.module.{part}" for part in ("lake", "network.aws_vpc.this")]
+    terraform(life.folder, life.env, "apply", "-input=false", "-auto-approve", *parts)
+    assert "platform" not in json.loads(terraform(life.folder, life.env, "output", "-json").stdout)
+    status = life.cloud("status")
+    assert (status.returncode, status.stderr) == (1, "cloud: nothing is there yet; make cloud-up ENV=dev makes it\n")
+    bucket = client("s3", life.env, "resource").Bucket("clickstream-dev-lake-123456789012")
+    bucket.object_versions.delete()
+    bucket.delete()
+    removed(life)
+    assert [found.key for found in client("s3", life.env, "resource").Bucket("state").objects.all()] == ["dev"]
+
+
+def test_the_cluster_is_removed(lives: dict[str, Life]) -> None:
+    """Its lake is empty, so nobody has to be asked."""
+    removed(lives["prod"])

@@ -48,6 +48,11 @@ def without(group: str) -> dict[str, Any]:
 # What is wrong, the variable, and what the message says to do.
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "a name that a bucket cannot have": ({"name": "Clickstream_1"}, "name", "use 3 to 32 lower-case letters"),
+    "zones of another region": (
+        {"zones": ["us-west-2a", "us-west-2b", "us-west-2c"]},
+        "zones",
+        "name three zones of the",
+    ),
     "no region": ({"region": "Frankfurt"}, "region", "for example us-east-1"),
     "public addresses": ({"network_cidr": "8.8.0.0/16"}, "network_cidr", "give a private network"),
     "a network that is too small": ({"network_cidr": "10.0.0.0/24"}, "network_cidr", "from /16 to /20"),
@@ -80,6 +85,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "nodes",
         "give each disk of a node a mount of its own",
     ),
+    "two disks with one letter": (
+        nodes(disks={name: {"size_gib": 40, "mount": f"/var/lib/{name}"} for name in ("kafka", "postgres")}),
+        "nodes",
+        "give each disk of a node a letter of its own, from f to p",
+    ),
+    "the letter of the system's disk": (
+        nodes(disks={"k": {"size_gib": 40, "mount": "/var/lib/kafka", "letter": "a"}}),
+        "nodes",
+        "give each disk of a node a letter of its own, from f to p",
+    ),
+    "two brokers with one number": (
+        {"nodes": {"one": NODE, "two": BROKER | {"groups": ["kafka"]}}},
+        "nodes",
+        "give each broker and ZooKeeper an id of its own",
+    ),
+    "a broker that is number nothing": (nodes(id=0), "nodes", "from 1 to 255"),
     "a root disk that is too small": (nodes(root_gib=8), "nodes", "root_gib is 16 or more"),
     "an even number of ZooKeepers": ({"nodes": {"one": NODE, "two": BROKER}}, "nodes", "has to be odd"),
     "no PostgreSQL": (
@@ -99,7 +120,52 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "no copy": ({"kafka_replication_factor": 0}, "kafka_replication_factor", "a whole number from 1"),
     "versions that are kept for ever": ({"lake_keep_versions_days": 1000}, "lake_keep_versions_days", "give 1 to 365"),
+    "tables beside the event logs": (
+        {"lake_prefix": "spark-events"},
+        "lake_prefix",
+        "for example lake-2; spark-events is taken",
+    ),
+    "a lake elsewhere": (
+        {"inventory_variables": {"lake_uri": "s3a://mine/lake"}},
+        "inventory_variables",
+        "remove lake_uri, spark_event_log_dir, ansible_* and *_port",
+    ),
+    "a port that is not open": (
+        {"inventory_variables": {"kafka_client_port": 9093}},
+        "inventory_variables",
+        "terraform/traffic.yaml which ports are open",
+    ),
+    "a driver's port that is not open": (
+        {"inventory_variables": {"spark_config": {"spark.driver.port": 4000}}},
+        "inventory_variables",
+        "remove ports and the region from spark_config",
+    ),
+    "two words on copies": (
+        {"kafka_replication_factor": 1, "inventory_variables": {"kafka_topics": []}},
+        "inventory_variables",
+        "leave kafka_replication_factor out",
+    ),
     "variables that are a list": ({"inventory_variables": ["a"]}, "inventory_variables", "give a map of variables"),
+}
+
+
+# Further variables of the roles are added to what the cloud says, and what it says of Spark stays.
+FURTHER: dict[str, Any] = {
+    "inventory_variables": {"spark_config": {"spark.sql.shuffle.partitions": "2"}, "airflow_parallelism": 1}
+}
+WANTED = (
+    '.spark_config["spark.sql.shuffle.partitions"] == "2"',
+    '.spark_config["spark.driver.port"] == 7100',
+    '.spark_config["spark.hadoop.fs.s3a.endpoint.region"] == "us-east-1"',
+    ".airflow_parallelism == 1",
+    ".kafka_topics[0].replication_factor == 1",
+    '.lake_uri == "s3a://clickstream-test-lake-123456789012/lake"',
+)
+ASSERTED = {
+    "further": [
+        {"condition": f"${{local.group_vars{wanted}}}", "error_message": f"further variables: {wanted}"}
+        for wanted in WANTED
+    ]
 }
 
 
@@ -138,16 +204,21 @@ def messages(platform: Path, plain: dict[str, str], tmp_path_factory: pytest.Tem
     """What Terraform says to each wrong set of variables, and to the right one."""
     tests = platform / "tests"
     tests.mkdir()
-    policy = {"target": "aws_iam_policy_document", "defaults": {"json": "{}"}}
-    mocks = {"aws": {"mock_data": {"aws_iam_policy_document": {"defaults": policy["defaults"]}}}}
-    cases = {"right": {}, **{name: changes for name, (changes, _, _) in REFUSED.items()}}
+    said = {
+        "aws_iam_policy_document": {"json": "{}"},
+        "aws_caller_identity": {"account_id": "123456789012"},
+        "aws_availability_zones": {"names": ["us-east-1b", "us-east-1c", "us-east-1d", "us-east-1e"]},
+    }
+    mock_data = {name: {"defaults": defaults} for name, defaults in said.items()}
+    mocks = {"aws": {"mock_data": mock_data}}
+    cases = {"right": {}, "further": FURTHER, **{name: changes for name, (changes, _, _) in REFUSED.items()}}
     files = {}
     for number, (name, changes) in enumerate(cases.items()):
         files[f"tests/case{number:02}.tftest.json"] = name
         test = {
             "mock_provider": mocks,
             "variables": RIGHT | changes,
-            "run": {"plan": {"command": "plan"}},
+            "run": {"plan": {"command": "plan", "assert": ASSERTED.get(name, [])}},
         }
         (tests / f"case{number:02}.tftest.json").write_text(json.dumps(test))
     done = terraform(platform, plain, "test", "-json")
@@ -160,8 +231,9 @@ def messages(platform: Path, plain: dict[str, str], tmp_path_factory: pytest.Tem
     return found
 
 
-def test_the_right_variables_are_not_refused(messages: dict[str, list[str]]) -> None:
-    assert messages["right"] == []
+@pytest.mark.parametrize("name", ["right", "further"])
+def test_the_right_variables_are_not_refused(messages: dict[str, list[str]], name: str) -> None:
+    assert messages[name] == []
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 CHECKOV = ROOT / ".cache/scan-venv/bin/checkov"
 
 
-def test_no_finding(modules: Path) -> None:
+def test_no_finding(files: Path) -> None:
     done = subprocess.run(
-        [CHECKOV, "--directory", modules, "--framework", "terraform", "--output", "json", "--quiet", "--skip-download"],
+        [CHECKOV, "--directory", files, "--framework", "terraform", "--output", "json", "--quiet", "--skip-download"],
         env=os.environ | {"BC_SKIP_MAPPING": "TRUE", "LOG_LEVEL": "ERROR"},
         capture_output=True,
         text=True,

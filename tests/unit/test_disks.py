@@ -5,6 +5,7 @@ On a loop device, in mounts of its own, since a container has no disks.
 
 from __future__ import annotations
 
+import configparser
 import json
 import os
 import subprocess
@@ -83,6 +84,8 @@ def test_an_empty_disk_is_made_and_mounted_once(disk: Disk) -> None:
     assert "changed=2" in first, done.stdout
     assert "changed=0" in second, done.stdout
     assert str(disk.device) in disk.fstab.read_text()
+    # The machine starts without it, too.
+    assert ",nofail,x-systemd.device-timeout=5s" in disk.fstab.read_text()
 
     # A new machine gets the old disk: what is on it is still there.
     disk.fstab.write_text("")
@@ -104,3 +107,27 @@ def test_a_missing_disk_is_named(disk: Disk) -> None:
     done = disk.mount()
     assert done.returncode != 0
     assert f"localhost has no {disk.device}; attach the disk" in " ".join(done.stdout.split())
+
+
+def test_a_service_does_not_start_without_its_disk(tmp_path: Path) -> None:
+    """By the unit of every service: where it writes has to be mounted, if it is to be."""
+    role = ROOT / "roles/service"
+    service = {
+        "service_name": "shop",
+        "service_user": "shop",
+        "service_exec_start": "/bin/true",
+        "service_read_write_paths": ["/var/lib/shop", "-/var/lib/spark/events"],
+    }
+    subprocess.run(
+        [
+            *(Path(sys.executable).with_name("ansible"), "localhost", "-m", "template"),
+            *("-a", f"src={role}/templates/unit.service.j2 dest={tmp_path}/shop.service"),
+            *("-e", f"@{role}/defaults/main.yml", "-e", json.dumps(service)),
+        ],
+        env=os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible/ansible.cfg")},
+        check=True,
+        capture_output=True,
+    )
+    unit = configparser.ConfigParser(strict=False, interpolation=None, delimiters="=")
+    unit.read(tmp_path / "shop.service")
+    assert unit["Unit"]["RequiresMountsFor"] == "/var/lib/shop /var/lib/spark/events"

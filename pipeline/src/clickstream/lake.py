@@ -138,73 +138,118 @@ LOCK_RENEWED_S = 10.0
 LOCK_EXPIRES_S = 60.0
 
 
-def _created(fs: Any, path: Any) -> bool:
-    """Makes a file that is not there yet; whether it did."""
-    # The file system decides in one step; S3's does so when it is asked to, others know no such option.
-    builder = fs.createFile(path).recursive().overwrite(False).opt("fs.option.create.conditional.overwrite", "true")
-    try:
-        builder.build().close()
-    except Py4JJavaError:
-        if not fs.exists(path):
-            raise
-        return False
-    return True
+class _Locks:
+    """The files of a lock, on any file system. Each says when it was written, by which application and by which run."""
+
+    def __init__(self, spark: SparkSession, uri: str) -> None:
+        jvm = spark._jvm
+        assert jvm is not None
+        self._path = jvm.org.apache.hadoop.fs.Path
+        self._fs = self._path(uri).getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
+        self._application = spark.sparkContext.applicationId
+        self.run = uuid.uuid4().hex
+
+    def _write(self, stream: Any) -> None:
+        stream.write(f"{time.time():.3f} {self._application} {self.run}".encode())
+        stream.close()
+
+    def create(self, uri: str) -> bool:
+        """Makes a file that is not there yet; whether it did."""
+        path = self._path(uri)
+        # The file system decides in one step; S3's does so when it is asked to, others know no such option.
+        builder = self._fs.createFile(path).recursive().overwrite(False)
+        try:
+            self._write(builder.opt("fs.option.create.conditional.overwrite", "true").build())
+        except Py4JJavaError:
+            if not self._fs.exists(path):
+                raise
+            # The answer to the write may have been lost.
+            return self.read(uri)[1] == self.run
+        return True
+
+    def read(self, uri: str) -> tuple[float, str]:
+        """Age of a file and the run that wrote it; no run and no age when there is no file."""
+        path = self._path(uri)
+        try:
+            stream = self._fs.open(path)
+            words = bytes(stream.readAllBytes()).decode().split()
+            stream.close()
+            if not words:
+                # A run that was killed at once left an empty file.
+                written = self._fs.getFileStatus(path).getModificationTime() / 1000
+                words = [str(written), f"empty-{written}"]
+        except Py4JJavaError as error:
+            if "FileNotFoundException" not in error.java_exception.getClass().getName():
+                raise
+            return 0.0, ""
+        return time.time() - float(words[0]), words[-1]
+
+    def renew(self, uri: str) -> None:
+        """Writes a file of this run anew; one that another run made since stays."""
+        if self.read(uri)[1] == self.run:
+            self._write(self._fs.create(self._path(uri), True))
+
+    def delete(self, uri: str, run: str) -> None:
+        """Removes a file if that run wrote it."""
+        if self.read(uri)[1] == run:
+            self._fs.delete(self._path(uri), False)
+
+
+def _take(locks: _Locks, uri: str) -> list[tuple[str, str]]:
+    """The files that this run holds the lock by, with who wrote them: its own and expired ones before it.
+
+    A lock that expired is never replaced, for it may be another's new one by then. It is taken over by a file whose
+    name ends with the run that left it, of which there can be only one; and so on, if that run was killed, too.
+    """
+    held: list[tuple[str, str]] = []
+    name = uri
+    while not locks.create(name):
+        age, run = locks.read(name)
+        if not run:
+            # It was given back just now.
+            return _take(locks, uri)
+        if age <= LOCK_EXPIRES_S:
+            raise JobError(f"another run holds {name} and wrote it {age:.0f} s ago; wait for it")
+        held.append((name, run))
+        name = f"{uri}.{run}"
+    if any(locks.read(expired)[1] != run for expired, run in held):
+        # Another took it over, and has given all of it back meanwhile.
+        locks.delete(name, locks.run)
+        return _take(locks, uri)
+    if held:
+        log.warning("took over %s, whose run ended without giving it back", uri)
+    return [*held, (name, locks.run)]
 
 
 @contextlib.contextmanager
 def locked(spark: SparkSession, settings: Settings, name: str) -> Iterator[None]:
     """Holds a lock of the lake; JobError when another run holds it, which it shows by writing it again and again."""
-    jvm = spark._jvm
-    assert jvm is not None
-    path = jvm.org.apache.hadoop.fs.Path(f"{settings.lake_uri}/_locks/{name}")
-    fs = path.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
-
-    def write() -> None:
-        stream = fs.create(path, True)
-        stream.write(f"{time.time():.3f} {spark.sparkContext.applicationId}".encode())
-        stream.close()
-
-    def age(of: Any) -> float:
-        # By what is in it: S3 renames by copying, which is a new time of the file.
-        stream = fs.open(of)
-        text = bytes(stream.readAllBytes()).decode()
-        stream.close()
-        written = float(text.split()[0]) if text else fs.getFileStatus(of).getModificationTime() / 1000
-        return time.time() - float(written)
-
-    held = _created(fs, path)
-    if not held and age(path) > LOCK_EXPIRES_S:
-        # Of two runs that see it expired one renames it, and looks at what it got: it may be the other's new one.
-        expired = jvm.org.apache.hadoop.fs.Path(f"{path.toString()}.{uuid.uuid4().hex}")
-        if fs.rename(path, expired):
-            if age(expired) > LOCK_EXPIRES_S:
-                log.warning("took over %s, whose run ended without giving it back", path.toString())
-                held = _created(fs, path)
-                fs.delete(expired, False)
-            else:
-                fs.rename(expired, path)
-    if not held:
-        raise JobError(f"another run holds {path.toString()} and wrote it {age(path):.0f} s ago; wait for it")
-
+    uri = f"{settings.lake_uri}/_locks/{name}"
+    locks = _Locks(spark, uri)
+    held = _take(locks, uri)
     done = threading.Event()
 
     def renew() -> None:
         while not done.wait(LOCK_RENEWED_S):
             try:
-                write()
+                locks.renew(held[-1][0])
             except Exception as error:  # the next one may do better, and without any the lock is lost in time
-                log.warning("%s could not be renewed: %s", path.toString(), error)
+                log.warning("%s could not be renewed: %s", uri, error)
 
     renewing = threading.Thread(target=renew, name=f"lock-{name}", daemon=True)
     try:
-        write()
         renewing.start()
         yield
     finally:
         done.set()
-        if renewing.is_alive():
-            renewing.join()
-        fs.delete(path, False)
+        renewing.join()
+        if locks.read(f"{uri}.{locks.run}")[1]:
+            # It is the other's to give back.
+            log.warning("%s was taken over by another run, since this one did not renew it in time", uri)
+        else:
+            # Its own file last: as long as one of the others is there, it says who holds the lock.
+            for file, run in held:
+                locks.delete(file, run)
 
 
 def append_once(df: DataFrame, path: str, app_id: str, version: int) -> None:

@@ -34,8 +34,8 @@ public final class S3Log extends S3SingleDriverLogStore {
     actions.forEachRemaining(action -> lines.append(action).append('\n'));
     String content = lines.toString();
     for (int attempt = 1; ; attempt++) {
-      try (FSDataOutputStream stream = create(path, overwrite, conf)) {
-        stream.write(content.getBytes(UTF_8));
+      try {
+        put(path, content, overwrite, conf);
         break;
       } catch (IOException error) {
         // The answer to a write may be lost and the write repeated: then the object that is in the way is our own,
@@ -54,6 +54,18 @@ public final class S3Log extends S3SingleDriverLogStore {
         }
       }
     }
+  }
+
+  private static void put(Path path, String content, boolean overwrite, Configuration conf) throws IOException {
+    FSDataOutputStream stream = create(path, overwrite, conf);
+    try {
+      stream.write(content.getBytes(UTF_8));
+    } catch (IOException | RuntimeException error) {
+      // To close it would make what was written so far the commit.
+      stream.abort();
+      throw error;
+    }
+    stream.close();
   }
 
   private static FSDataOutputStream create(Path path, boolean overwrite, Configuration conf) throws IOException {

@@ -18,6 +18,7 @@ module "platform" {
   nat_gateways             = 1
   flow_log_days            = 7
   kafka_replication_factor = 1
+  lake_prefix              = "lake"
   lake_keep_versions_days  = 3
 
   nodes = {
@@ -26,8 +27,8 @@ module "platform" {
       size   = "small"
       zone   = "a"
       disks = {
-        kafka    = { size_gib = 50, mount = "/var/lib/kafka" }
-        postgres = { size_gib = 20, mount = "/var/lib/postgresql" }
+        kafka    = { size_gib = 50, mount = "/var/lib/kafka", letter = "f" }
+        postgres = { size_gib = 20, mount = "/var/lib/postgresql", letter = "g" }
       }
     }
   }
@@ -36,8 +37,10 @@ module "platform" {
   inventory_variables = {
     pipeline_stream_services = { ecom-streams = ["bronze", "silver", "gold", "gold_hourly"] }
     pipeline_watermark       = "2 minutes"
+    pipeline_driver_memory   = "512m"
+    pipeline_executor_memory = "768m"
     spark_worker_memory      = "2g"
     spark_worker_memory_max  = "3G"
-    airflow_parallelism      = 1
+    airflow_parallelism      = 2
   }
 }

@@ -19,34 +19,38 @@ module "platform" {
   nat_gateways             = 3
   flow_log_days            = 90
   kafka_replication_factor = 3
+  lake_prefix              = "lake"
   lake_keep_versions_days  = 30
 
   nodes = {
     broker-a = {
+      id     = 1
       groups = ["zookeeper", "kafka"]
       size   = "medium"
       zone   = "a"
       disks = {
-        kafka     = { size_gib = 500, mount = "/var/lib/kafka" }
-        zookeeper = { size_gib = 20, mount = "/var/lib/zookeeper" }
+        kafka     = { size_gib = 500, mount = "/var/lib/kafka", letter = "f" }
+        zookeeper = { size_gib = 20, mount = "/var/lib/zookeeper", letter = "g" }
       }
     }
     broker-b = {
+      id     = 2
       groups = ["zookeeper", "kafka"]
       size   = "medium"
       zone   = "b"
       disks = {
-        kafka     = { size_gib = 500, mount = "/var/lib/kafka" }
-        zookeeper = { size_gib = 20, mount = "/var/lib/zookeeper" }
+        kafka     = { size_gib = 500, mount = "/var/lib/kafka", letter = "f" }
+        zookeeper = { size_gib = 20, mount = "/var/lib/zookeeper", letter = "g" }
       }
     }
     broker-c = {
+      id     = 3
       groups = ["zookeeper", "kafka"]
       size   = "medium"
       zone   = "c"
       disks = {
-        kafka     = { size_gib = 500, mount = "/var/lib/kafka" }
-        zookeeper = { size_gib = 20, mount = "/var/lib/zookeeper" }
+        kafka     = { size_gib = 500, mount = "/var/lib/kafka", letter = "f" }
+        zookeeper = { size_gib = 20, mount = "/var/lib/zookeeper", letter = "g" }
       }
     }
     master = {

@@ -15,6 +15,11 @@ output "key_name" {
   value       = aws_key_pair.admin.key_name
 }
 
+output "bastion" {
+  description = "The bastion's instance, and its address inside."
+  value       = { instance_id = aws_instance.bastion.id, private_address = aws_instance.bastion.private_ip }
+}
+
 output "bastion_address" {
   description = "Public address of the bastion."
   value       = aws_eip.bastion.public_ip

@@ -15,7 +15,7 @@ output "key_arn" {
 
 output "uri" {
   description = "lake_uri of the inventory."
-  value       = "s3a://${aws_s3_bucket.this.bucket}/lake"
+  value       = "s3a://${aws_s3_bucket.this.bucket}/${var.prefix}"
 }
 
 output "events_uri" {

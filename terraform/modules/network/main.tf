@@ -26,6 +26,11 @@ resource "aws_subnet" "private" {
   availability_zone = each.value
   cidr_block        = cidrsubnet(var.cidr, 4, index(local.letters, each.key))
   tags              = { Name = "${var.name}-private-${each.key}" }
+
+  # Where machines are is not changed by a zone that the region gets or loses.
+  lifecycle {
+    ignore_changes = [availability_zone]
+  }
 }
 
 resource "aws_subnet" "public" {
@@ -34,6 +39,10 @@ resource "aws_subnet" "public" {
   availability_zone = each.value
   cidr_block        = cidrsubnet(var.cidr, 4, 8 + index(local.letters, each.key))
   tags              = { Name = "${var.name}-public-${each.key}" }
+
+  lifecycle {
+    ignore_changes = [availability_zone]
+  }
 }
 
 resource "aws_internet_gateway" "this" {

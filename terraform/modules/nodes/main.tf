@@ -3,14 +3,13 @@
 locals {
   disks = merge([
     for node, settings in var.nodes : {
-      for index, disk in sort(keys(settings.disks)) : "${node}-${disk}" => {
+      for name, disk in settings.disks : "${node}-${name}" => {
         node     = node
-        disk     = disk
         zone     = settings.zone
-        size_gib = settings.disks[disk].size_gib
-        mount    = settings.disks[disk].mount
-        # /dev/sdf to /dev/sdp are for data; the kernel names the disks otherwise.
-        device = "/dev/sd${substr("fghijklmnop", index, 1)}"
+        size_gib = disk.size_gib
+        mount    = disk.mount
+        # What the cloud calls it; the kernel names the disks otherwise.
+        device = "/dev/sd${disk.letter}"
       }
     }
   ]...)
@@ -62,6 +61,6 @@ resource "aws_volume_attachment" "this" {
   device_name = each.value.device
   volume_id   = aws_ebs_volume.this[each.key].id
   instance_id = aws_instance.this[each.value.node].id
-  # A file system in use is not torn away: the machine is stopped first.
+  # A file system in use is not torn away: the machine is stopped first. `cloud up` starts it again.
   stop_instance_before_detaching = true
 }

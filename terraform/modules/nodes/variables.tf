@@ -9,7 +9,7 @@ variable "nodes" {
     subnet_id        = string
     zone             = string
     root_gib         = number
-    disks            = map(object({ size_gib = number, mount = string }))
+    disks            = map(object({ size_gib = number, mount = string, letter = string }))
     security_group   = string
     instance_profile = optional(string)
   }))

@@ -5,6 +5,7 @@ mock_provider "aws" {
 
 variables {
   name               = "test"
+  prefix             = "lake"
   keep_versions_days = 30
 }
 

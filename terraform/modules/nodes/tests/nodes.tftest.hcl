@@ -8,11 +8,14 @@ variables {
   key_name = "test"
   nodes = {
     broker = {
-      type             = "t3.large"
-      subnet_id        = "subnet-1"
-      zone             = "us-east-1a"
-      root_gib         = 30
-      disks            = { kafka = { size_gib = 50, mount = "/var/lib/kafka" }, more = { size_gib = 8, mount = "/var/more" } }
+      type      = "t3.large"
+      subnet_id = "subnet-1"
+      zone      = "us-east-1a"
+      root_gib  = 30
+      disks = {
+        kafka = { size_gib = 50, mount = "/var/lib/kafka", letter = "g" }
+        more  = { size_gib = 8, mount = "/var/more", letter = "f" }
+      }
       security_group   = "sg-1"
       instance_profile = null
     }
@@ -41,8 +44,8 @@ run "nodes" {
     error_message = "encrypted gp3 disks"
   }
   assert {
-    condition     = length(distinct([for attachment in aws_volume_attachment.this : attachment.device_name])) == 2
-    error_message = "each disk of a node has a device of its own"
+    condition     = { for disk, attachment in aws_volume_attachment.this : disk => attachment.device_name } == { broker-kafka = "/dev/sdg", broker-more = "/dev/sdf" }
+    error_message = "each disk has the device that it says, whatever others there are"
   }
   assert {
     condition = jsonencode(output.nodes["broker"].disks) == jsonencode([
