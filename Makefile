@@ -208,6 +208,9 @@ prepare: ## Install what this machine needs for guests and tests
 .PHONY: venv
 venv: $(VENV) ## The control environment .venv, from its lock
 
+.PHONY: environments
+environments: $(VENV) $(TEST_VENV) $(SCAN_VENV) $(AIRFLOW_VENV) $(TEST_JARS).stamp $(KAFKA_JARS).stamp ## What all tests run in, from the locks
+
 .PHONY: help
 help: ## This list
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
