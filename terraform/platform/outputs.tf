@@ -46,7 +46,7 @@ locals {
       name               = "ecom_clickstream_raw"
       partitions         = 3
       replication_factor = coalesce(var.kafka_replication_factor, min(3, length([for node in var.nodes : 1 if contains(node.groups, "kafka")])))
-      configs            = { "retention.ms" = "604800000", "message.timestamp.after.max.ms" = "3600000" }
+      configs            = { "retention.ms" = "604800000", "message.timestamp.type" = "LogAppendTime" }
     }]
     }, var.inventory_variables, {
     spark_config = merge({

@@ -352,6 +352,13 @@ def test_the_ssh_configuration(life: Life) -> None:
     assert bastion["hostkeyalias"] == made["clickstream-dev-bastion"]["InstanceId"]
 
 
+def test_the_topic_is_the_roles(life: Life) -> None:
+    variables = yaml.safe_load((life.inventory / "group_vars/all/main.yml").read_text())
+    (ours,) = yaml.safe_load((ROOT / "roles/kafka/defaults/main.yml").read_text())["kafka_topics"]
+    (found,) = variables["kafka_topics"]
+    assert found | {"replication_factor": 0} == ours | {"replication_factor": 0}
+
+
 def test_the_small_environment_is_the_topology_single(life: Life) -> None:
     single = yaml.safe_load((ROOT / "ansible/inventories/single/group_vars/all/main.yml").read_text())
     variables = yaml.safe_load((life.inventory / "group_vars/all/main.yml").read_text())

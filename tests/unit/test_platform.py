@@ -34,12 +34,16 @@ esac
 """
 
 
-def restart(folder: Path, *words: str, broken: str = "") -> tuple[subprocess.CompletedProcess[str], list[str]]:
+def restart(
+    folder: Path, *words: str, broken: str = "", away: str = ""
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """What came of it, and what was restarted where."""
     (folder / "hosts.yml").write_text(
         yaml.safe_dump({"all": {"hosts": {name: {"ansible_host": name} for name in NODES}}})
     )
     for name, services in NODES.items():
+        if name == away:
+            continue
         (folder / f"{name}.json").write_text(json.dumps({"services": [{"name": service} for service in services]}))
     (folder / "ssh").write_text(SSH)
     (folder / "ssh").chmod(0o755)
@@ -53,6 +57,13 @@ def restart(folder: Path, *words: str, broken: str = "") -> tuple[subprocess.Com
         check=False,
     )
     return done, [line.replace("sudo nodectl restart ", "") for line in (folder / "log").read_text().splitlines()]
+
+
+def test_nothing_restarts_while_a_node_is_away(tmp_path: Path) -> None:
+    done, log = restart(tmp_path, away="second")
+    assert done.returncode == 1
+    assert "second does not answer, so nothing is restarted" in done.stderr
+    assert log == []
 
 
 def test_all_services_restart_after_what_they_need(tmp_path: Path) -> None:

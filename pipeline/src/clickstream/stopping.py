@@ -28,12 +28,12 @@ def told() -> int | None:
 
 
 def _cancel(over: threading.Event) -> None:
-    context = SparkContext._active_spark_context
-    while context is not None and not over.is_set():
-        try:
-            context.cancelAllJobs()
-        except Exception:  # it was stopped, which is what was wanted
-            return
+    while not over.is_set():
+        context = SparkContext._active_spark_context
+        if context is not None:
+            # One that is being made has nothing to cancel yet, and one that was stopped has no more.
+            with contextlib.suppress(Exception):
+                context.cancelAllJobs()
         over.wait(CANCELLED_EVERY_S)
 
 
