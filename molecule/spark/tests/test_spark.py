@@ -83,3 +83,16 @@ def test_an_edit_restarts_the_service_it_concerns(deploy: Callable[..., None], p
     deploy("spark", spark_config={"spark.history.fs.cleaner.maxAge": "8d"}, spark_worker_memory="1g")
     after = processes()
     assert {name for name in before if before[name] != after[name]} == {"spark-worker", "spark-history"}
+
+
+def test_a_worker_that_starts_before_its_master_is_registered(
+    host: Host, address: str, wait_until: Callable[..., Any]
+) -> None:
+    """Whom the master had before, it greets at the address where the new one would listen by now."""
+    host.check_output("systemctl stop spark-master && systemctl stop spark-worker")
+    host.check_output("systemctl start --no-block spark-worker")
+    show = "systemctl show --value --property SubState spark-worker"
+    wait_until(lambda: host.check_output(show) == "start-pre", 30)
+    host.check_output("systemctl start spark-master")
+    wait_until(lambda: [w["state"] for w in get(f"http://{address}:8080/json/")["workers"]] == ["ALIVE"], 60)
+    host.check_output("nodectl wait spark-master spark-worker")
