@@ -126,9 +126,13 @@ def test_state_is_bounded_by_the_watermark(stream: Stream, topic: Topic) -> None
     assert states.count() <= 100  # the last hour's ids and at most the last batch's rejects
 
 
-def test_a_replayed_batch_changes_nothing(stream: Stream, topic: Topic) -> None:
-    topic.append(stream.source, [event(1), event(2), b"rubbish"])
+@pytest.mark.parametrize("batches", [1, 3])
+def test_a_replayed_batch_changes_nothing(stream: Stream, topic: Topic, batches: int) -> None:
+    """Also one that was not the first of its run, and so was written without a look at what is there."""
+    for number in range(batches):
+        topic.append(stream.source, [event(10 * number + 1), event(10 * number + 2), b"rubbish"])
     stream.run()
+    assert (len(stream.events()), len(stream.rejects())) == (2 * batches, batches)
     before = stream.events(), stream.rejects()
     stream.forget_last_commit()
     stream.run()

@@ -257,6 +257,23 @@ def append_once(df: DataFrame, path: str, app_id: str, version: int) -> None:
     (df.write.format("delta").mode("append").option("txnAppId", app_id).option("txnVersion", version).save(path))
 
 
+def append_next(df: DataFrame, path: str, app_id: str, version: int) -> None:
+    """`append_once` of a version that is known not to be there.
+
+    To look for it, Delta computes the table's whole state, which takes four times as long as writing a small batch. So
+    this does what the writer does, without the look: of https://github.com/delta-io/delta, WriteIntoDelta is a
+    transaction that writes files and commits them together with the application's version.
+    """
+    jvm = df.sparkSession._jvm
+    assert jvm is not None
+    delta, none = jvm.org.apache.spark.sql.delta, jvm.scala.Option.empty()
+    transaction = delta.DeltaLog.forTable(df.sparkSession._jsparkSession, path).startTransaction()
+    files = transaction.writeFiles(df._jdf)
+    entry = delta.actions.SetTransaction(app_id, version, jvm.scala.Some(int(time.time() * 1000)))
+    append = jvm.org.apache.spark.sql.SaveMode.Append
+    transaction.commit(files.appended(entry), getattr(delta, "DeltaOperations$Write")(append, *[none] * 8))
+
+
 def last_version(spark: SparkSession, path: str, app_id: str) -> int:
     """The version of this application's last `append_once` to a table; -1 before the first.
 
@@ -276,6 +293,14 @@ def query_id(spark: SparkSession) -> str:
     It makes Delta's (txnAppId, txnVersion) safe: batch numbers restart with a new checkpoint, and so does this.
     """
     value = spark.sparkContext.getLocalProperty("sql.streaming.queryId")
+    if not value:
+        raise RuntimeError("not inside a streaming query's batch")
+    return str(value)
+
+
+def run_id(spark: SparkSession) -> str:
+    """Inside foreachBatch, what is another with each start of the query: of Spark, the group of its jobs."""
+    value = spark.sparkContext.getLocalProperty("spark.jobGroup.id")
     if not value:
         raise RuntimeError("not inside a streaming query's batch")
     return str(value)
