@@ -257,6 +257,13 @@ def append_once(df: DataFrame, path: str, app_id: str, version: int) -> None:
     (df.write.format("delta").mode("append").option("txnAppId", app_id).option("txnVersion", version).save(path))
 
 
+def _delta_log(spark: SparkSession, path: str) -> tuple[Any, Any]:
+    """The JVM, and Delta's own object for a table's log."""
+    jvm = spark._jvm
+    assert jvm is not None
+    return jvm, jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, path)
+
+
 def append_next(df: DataFrame, path: str, app_id: str, version: int) -> None:
     """`append_once` of a version that is known not to be there.
 
@@ -264,10 +271,9 @@ def append_next(df: DataFrame, path: str, app_id: str, version: int) -> None:
     this does what the writer does, without the look: of https://github.com/delta-io/delta, WriteIntoDelta is a
     transaction that writes files and commits them together with the application's version.
     """
-    jvm = df.sparkSession._jvm
-    assert jvm is not None
+    jvm, log_of = _delta_log(df.sparkSession, path)
     delta, none = jvm.org.apache.spark.sql.delta, jvm.scala.Option.empty()
-    transaction = delta.DeltaLog.forTable(df.sparkSession._jsparkSession, path).startTransaction()
+    transaction = log_of.startTransaction()
     files = transaction.writeFiles(df._jdf)
     entry = delta.actions.SetTransaction(app_id, version, jvm.scala.Some(int(time.time() * 1000)))
     append = jvm.org.apache.spark.sql.SaveMode.Append
@@ -279,9 +285,7 @@ def last_version(spark: SparkSession, path: str, app_id: str) -> int:
 
     Of https://github.com/delta-io/delta: a snapshot's `transactions` are the versions by application.
     """
-    jvm = spark._jvm
-    assert jvm is not None
-    log_of = jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, path)
+    jvm, log_of = _delta_log(spark, path)
     none = jvm.scala.Option.empty()
     found = log_of.update(False, none, none).transactions().get(app_id)
     return int(found.get()) if found.isDefined() else -1
@@ -292,15 +296,16 @@ def query_id(spark: SparkSession) -> str:
 
     It makes Delta's (txnAppId, txnVersion) safe: batch numbers restart with a new checkpoint, and so does this.
     """
-    value = spark.sparkContext.getLocalProperty("sql.streaming.queryId")
-    if not value:
-        raise RuntimeError("not inside a streaming query's batch")
-    return str(value)
+    return _of_batch(spark, "sql.streaming.queryId")
 
 
 def run_id(spark: SparkSession) -> str:
     """Inside foreachBatch, what is another with each start of the query: of Spark, the group of its jobs."""
-    value = spark.sparkContext.getLocalProperty("spark.jobGroup.id")
+    return _of_batch(spark, "spark.jobGroup.id")
+
+
+def _of_batch(spark: SparkSession, name: str) -> str:
+    value = spark.sparkContext.getLocalProperty(name)
     if not value:
         raise RuntimeError("not inside a streaming query's batch")
     return str(value)
