@@ -54,15 +54,15 @@ def _one_of(field: str, values: tuple[str, ...]) -> str:
     return f"e.{field} NOT IN ({', '.join(repr(v) for v in values)})"
 
 
-# What JSON counts as white space.
-_BLANK = r"trim(BOTH ' \t\n\r' FROM text) = ''"
+# Nothing but what JSON counts as white space; only looked for where no object is found, since it takes the whole text.
+_BLANK = r"CASE WHEN e IS NULL THEN trim(BOTH ' \t\n\r' FROM text) = '' ELSE false END"
 
 # On the bytes themselves. A record that fails one of these has no fields to check.
 PAYLOAD_RULES = (
     Rule("tombstone", "the record has no value", "value IS NULL"),
     Rule("empty_value", "the value has no bytes, or white space only", _BLANK),
     Rule("not_utf8", "the bytes are not UTF-8", "NOT is_valid_utf8(text)"),
-    Rule("not_json_object", "the value is not exactly one JSON object", f"NOT ({_BLANK}) AND e IS NULL"),
+    Rule("not_json_object", "the value is not exactly one JSON object", f"e IS NULL AND NOT ({_BLANK})"),
 )
 
 # On the fields: `e` is the parsed object, `event_time`, `amount` and `price_text` are derived from it.
