@@ -54,15 +54,12 @@ def _one_of(field: str, values: tuple[str, ...]) -> str:
     return f"e.{field} NOT IN ({', '.join(repr(v) for v in values)})"
 
 
-# Nothing but what JSON counts as white space; only looked for where no object is found, since it takes the whole text.
-_BLANK = r"CASE WHEN e IS NULL THEN trim(BOTH ' \t\n\r' FROM text) = '' ELSE false END"
-
-# On the bytes themselves. A record that fails one of these has no fields to check.
+# On the bytes themselves, and `blank` is derived from them. A record that fails one of these has no fields to check.
 PAYLOAD_RULES = (
     Rule("tombstone", "the record has no value", "value IS NULL"),
-    Rule("empty_value", "the value has no bytes, or white space only", _BLANK),
+    Rule("empty_value", "the value has no bytes, or white space only", "blank"),
     Rule("not_utf8", "the bytes are not UTF-8", "NOT is_valid_utf8(text)"),
-    Rule("not_json_object", "the value is not exactly one JSON object", f"e IS NULL AND NOT ({_BLANK})"),
+    Rule("not_json_object", "the value is not exactly one JSON object", "e IS NULL AND NOT blank"),
 )
 
 # On the fields: `e` is the parsed object, `event_time`, `amount` and `price_text` are derived from it.
@@ -187,6 +184,11 @@ def check(raw: DataFrame, settings: Settings) -> DataFrame:
             ),
         )
         .withColumn("e", F.expr("CASE WHEN size(parsed) = 1 AND alone THEN parsed[0] END"))
+        # Nothing but what JSON counts as white space; looked for only where no object is, as it takes the whole text.
+        .withColumn(
+            "blank",
+            F.expr(r"CASE WHEN e IS NULL THEN trim(BOTH ' \t\n\r' FROM text) = '' ELSE false END"),
+        )
         # Nothing below may throw on any input: ANSI mode would end the stream over one record.
         .withColumn(
             "event_time",
@@ -214,5 +216,5 @@ def check(raw: DataFrame, settings: Settings) -> DataFrame:
                 f"{_codes(FIELD_RULES, settings.ruleset_version, 'e IS NOT NULL')})"
             ),
         )
-        .drop("text", "parsed", "alone", "price_text", "reference_time", "skew", "max_age")
+        .drop("text", "parsed", "alone", "blank", "price_text", "reference_time", "skew", "max_age")
     )
