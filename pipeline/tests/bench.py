@@ -243,7 +243,7 @@ class Bench:
     def bronze(self, settings: Settings) -> DataStreamWriter:
         for table in bronze.TABLES:
             table.ensure(self.spark, settings)
-        return bronze.build(self.spark, settings)
+        return bronze.build(self.spark, settings, bronze.writer(settings))
 
     def silver(self, settings: Settings) -> DataStreamWriter:
         for table in silver.TABLES:

@@ -186,11 +186,15 @@ class Silver:
         return Path(self.settings.checkpoint("silver").removeprefix("file://"))
 
     def forget_last_commit(self) -> int:
-        """What a crash after the batch's writes and before its commit leaves behind."""
-        commits = self.checkpoint() / "commits"
-        last = max(int(path.name) for path in commits.iterdir() if path.name.isdigit())
-        (commits / str(last)).unlink()
-        return last
+        return forget_last_commit(self.checkpoint())
+
+
+def forget_last_commit(checkpoint: Path) -> int:
+    """What a crash after a batch's writes and before its commit leaves behind; the batch's number."""
+    commits = checkpoint / "commits"
+    last = max(int(path.name) for path in commits.iterdir() if path.name.isdigit())
+    (commits / str(last)).unlink()
+    return last
 
 
 def batches(path: Path) -> Iterator[tuple[datetime, list[dict[str, Any] | bytes]]]:
@@ -208,10 +212,12 @@ def batches(path: Path) -> Iterator[tuple[datetime, list[dict[str, Any] | bytes]
 def full_disk(module: ModuleType, table: str) -> Iterator[None]:
     """Lets the module's appends to a table fail, and expects that this is not swallowed."""
 
+    append = lake.append_once
+
     def append_once(df: DataFrame, path: str, app_id: str, version: int) -> None:
         if path.endswith(table):
             raise OSError("no space left on device")
-        lake.append_once(df, path, app_id, version)
+        append(df, path, app_id, version)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "append_once", append_once)

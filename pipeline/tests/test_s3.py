@@ -124,7 +124,7 @@ def test_bronze_to_gold_with_the_conservation_law(spark: SparkSession, settings:
 
     def run() -> None:
         records = spark.readStream.format("delta").load(streams.source)
-        bronze.query(records, settings).trigger(availableNow=True).start().awaitTermination()
+        bronze.query(records, settings, bronze.writer(settings)).trigger(availableNow=True).start().awaitTermination()
         streams.run()
         follow()
 

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 from pyspark.sql import functions as F  # noqa: N812
 
-from clickstream.lake import Table
+from clickstream.lake import Appender, Table, query_id
 from clickstream.session import batch_clock, kafka_stream
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyspark.sql import DataFrame, SparkSession
     from pyspark.sql.streaming.readwriter import DataStreamWriter
 
@@ -48,19 +50,28 @@ def archive(records: DataFrame) -> DataFrame:
     )
 
 
-def build(spark: SparkSession, settings: Settings) -> DataStreamWriter:
-    return query(kafka_stream(spark, settings, headers=True), settings)
+def writer(settings: Settings) -> Callable[[DataFrame, int], None]:
+    append = Appender()
+
+    def write(batch: DataFrame, batch_id: int) -> None:
+        # As Delta's own sink, which looks for its earlier commit in every batch, and reads the table's log for that.
+        append(batch, settings.table(CLICKSTREAM.name), query_id(batch.sparkSession), batch_id)
+
+    return write
 
 
-def query(records: DataFrame, settings: Settings) -> DataStreamWriter:
+def build(spark: SparkSession, settings: Settings, write: Callable[[DataFrame, int], None]) -> DataStreamWriter:
+    return query(kafka_stream(spark, settings, headers=True), settings, write)
+
+
+def query(records: DataFrame, settings: Settings, write: Callable[[DataFrame, int], None]) -> DataStreamWriter:
     # One task and so one small file a batch; the archive is not in anybody's path to an answer.
     return (
         archive(records)
         .coalesce(1)
         .writeStream.queryName(QUERY)
-        .format("delta")
+        .foreachBatch(write)
         .outputMode("append")
         .option("checkpointLocation", settings.checkpoint(QUERY))
-        .option("path", settings.table(CLICKSTREAM.name))
         .trigger(processingTime=settings.trigger_bronze)
     )

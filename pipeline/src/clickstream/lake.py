@@ -280,6 +280,23 @@ def append_next(df: DataFrame, path: str, app_id: str, version: int) -> None:
     transaction.commit(files.appended(entry), getattr(delta, "DeltaOperations$Write")(append, *[none] * 8))
 
 
+class Appender:
+    """Appends a streaming query's batches to tables, each once; called inside foreachBatch.
+
+    A run of a query ends with the batch that fails, so only the first that it appends to a table can be one that an
+    earlier run wrote.
+    """
+
+    def __init__(self) -> None:
+        self._runs: dict[str, str] = {}
+
+    def __call__(self, df: DataFrame, path: str, app_id: str, version: int) -> None:
+        run = run_id(df.sparkSession)
+        append = append_next if self._runs.get(path) == run else append_once
+        append(df, path, app_id, version)
+        self._runs[path] = run
+
+
 def last_version(spark: SparkSession, path: str, app_id: str) -> int:
     """The version of this application's last `append_once` to a table; -1 before the first.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pyspark.sql import functions as F  # noqa: N812
 
 from clickstream import metrics
-from clickstream.lake import Table, append_next, append_once, query_id, run_id
+from clickstream.lake import Appender, Table, query_id
 from clickstream.rules import PRICE_TYPE, check
 from clickstream.session import batch_clock, kafka_stream
 
@@ -151,13 +151,10 @@ def rejects(judged: DataFrame, settings: Settings) -> DataFrame:
 
 
 def writer(settings: Settings) -> Callable[[DataFrame, int], None]:
-    went_on = ""
+    append = Appender()
 
     def write(batch: DataFrame, batch_id: int) -> None:
-        nonlocal went_on
-        app_id, run = query_id(batch.sparkSession), run_id(batch.sparkSession)
-        # A run ends with the batch that fails, so only its first can be one that an earlier run wrote.
-        append = append_next if run == went_on else append_once
+        app_id = query_id(batch.sparkSession)
         batch = batch.persist()
         try:
             # Also what materialises the batch: the state store must be asked once only.
@@ -178,7 +175,6 @@ def writer(settings: Settings) -> Callable[[DataFrame, int], None]:
                 failed = batch.select(F.explode("codes").alias("code")).groupBy("code").count()
                 for row in failed.collect():
                     metrics.REJECTS.labels(row["code"]).inc(row["count"])
-            went_on = run
         finally:
             batch.unpersist()
 

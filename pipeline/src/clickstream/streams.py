@@ -93,7 +93,7 @@ def start_query(
         if name == bronze.QUERY:
             for table in bronze.TABLES:
                 table.ensure(spark, settings)
-            return bronze.build(spark, settings).start()
+            return bronze.build(spark, settings, _guarded(name, bronze.writer(settings))).start()
         if name == silver.QUERY:
             for table in silver.TABLES:
                 table.ensure(spark, settings)
