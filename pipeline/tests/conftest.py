@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import machine
 import psycopg
 import pytest
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 
     from pyspark.sql import DataFrame, Row, SparkSession
     from pyspark.sql.streaming.query import StreamingQuery
+
+# How long an example takes is the machine's business.
+hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("patient")
 
 CASES = Path(__file__).parent / "cases"
 KAFKA_COLUMNS = """topic STRING, partition INT, offset BIGINT, timestamp TIMESTAMP, timestampType INT,

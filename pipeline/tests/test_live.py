@@ -189,12 +189,28 @@ def test_what_does_not_fit_is_forgotten_oldest_first() -> None:
     assert [live.follows(START + minute * MINUTE, new) for minute in range(4)] == [False, False, True, True]
 
 
-@pytest.mark.parametrize(("limit", "added"), [(1_000_000, 1_000_000), (3 * GROUP_ENTRIES, 1_000_000), (1_000_000, 3)])
+@pytest.mark.parametrize(
+    ("limit", "added", "followed"),
+    [
+        (1_000_000, 1_000_000, 1_000_000),
+        # All is followed, some in parts; only small batches are followed; few windows fit.
+        (1_000_000, 3, 1_000_000),
+        (1_000_000, 1_000_000, 3),
+        (3 * GROUP_ENTRIES, 1_000_000, 1_000_000),
+    ],
+)
 def test_the_table_may_be_ahead_of_the_stream(
-    spark: SparkSession, settings: Settings, dsn: str, limit: int, added: int, monkeypatch: pytest.MonkeyPatch
+    spark: SparkSession,
+    settings: Settings,
+    dsn: str,
+    limit: int,
+    added: int,
+    followed: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The writer gets commits in order, some of them together and most of them late: the table shows them before."""
     monkeypatch.setattr(gold, "ADDED", added)
+    monkeypatch.setattr(gold, "FOLLOWED", followed)
     shop = Gold(spark, replace(settings, live_entries=limit), dsn)
     writer = gold.GoldWriter(spark, shop.settings, shop.marts, shop.tables)
     rng = random.Random(7)

@@ -52,6 +52,8 @@ HOURS_SQL = {
 # Windows computed at once, and events added to live windows at once: bounds what the driver holds while it catches up.
 CHUNK = 60
 ADDED = 2_000_000
+# Each part of so many reads all of the events. Of more than these, whole windows are sooner computed by Spark.
+FOLLOWED = 4 * ADDED
 
 
 @dataclass(frozen=True)
@@ -477,13 +479,28 @@ class GoldWriter:
         """Adds the batch to the live windows it goes on with, and writes them; which these are."""
         live = self._live[windowed.table.name]
         windows = {w for w, batch_of in new.items() if live.follows(w, batch_of)}
-        if sum(new[w].events for w in windows) > ADDED:
+        count = sum(new[w].events for w in windows)
+        if count > FOLLOWED:
             return set()
         if windows:
-            rows = windowed.shares.rows(among(batch, windows, self._length), self._window)
-            live.add({w: new[w].last for w in windows}, rows)
+            events = among(batch, windows, self._length)
+            self._add(windowed, live, {w: new[w].last for w in windows}, events, count)
             self._serve(windowed, live, windows)
         return windows
+
+    def _add(
+        self,
+        windowed: Windowed,
+        live: LiveWindows,
+        last: Mapping[datetime, Mapping[Partition, int]],
+        events: DataFrame,
+        count: int,
+    ) -> None:
+        """Adds so many events to their windows; the query ends when it fails amid them, and so does what was added."""
+        parts = max(1, -(-count // ADDED))
+        for part in range(parts):
+            some = events if parts == 1 else events.where(F.col("offset") % parts == part)
+            live.add(last, windowed.shares.rows(some, self._window))
 
     def _serve(self, windowed: Windowed, live: LiveWindows, windows: Iterable[datetime]) -> None:
         """Writes followed windows to the mart."""
@@ -518,10 +535,11 @@ class GoldWriter:
         # each look at the table may be at another version of it. Brought later, it makes the window be taken up again.
         events = up_to(self._events(windows), self._brought)
         found = {window: of.events for window, of in touched(events, self._window).items()}
-        self._large |= {window for window, count in found.items() if count > ADDED}
-        if sum(found.values()) > ADDED:
+        self._large |= {window for window, count in found.items() if count > FOLLOWED}
+        count = sum(found.values())
+        if count > FOLLOWED:
             return set()
-        live.add(dict.fromkeys(windows, self._brought), windowed.shares.rows(events, self._window))
+        self._add(windowed, live, dict.fromkeys(windows, self._brought), events, count)
         self._serve(windowed, live, windows)
         return set(windows)
 
