@@ -214,18 +214,17 @@ def batches(path: Path) -> Iterator[tuple[datetime, list[dict[str, Any] | bytes]
 
 
 @contextlib.contextmanager
-def full_disk(module: ModuleType, table: str) -> Iterator[None]:
-    """Lets the module's appends to a table fail, and expects that this is not swallowed."""
+def full_disk(module: ModuleType, append: str, table: str) -> Iterator[None]:
+    """Lets the module's appends to a table, by this function's name, fail, and expects that this is not swallowed."""
+    working = getattr(lake, append)
 
-    append = lake.append_once
-
-    def append_once(df: DataFrame, path: str, app_id: str, version: int) -> None:
+    def failing(df: DataFrame, path: str, app_id: str, version: int) -> None:
         if path.endswith(table):
             raise OSError("no space left on device")
-        append(df, path, app_id, version)
+        working(df, path, app_id, version)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "append_once", append_once)
+        patch.setattr(module, append, failing)
         with pytest.raises(Exception, match="no space left"):
             yield
 

@@ -184,6 +184,8 @@ def main() -> int:
     )
     args = parser.parse_args()
     days, first = args.days, full(args.retention)
+    if days <= first:
+        print(f"to be compared with day {first}, there have to be more --days than that", file=sys.stderr)
     totals = []
     for day, counts in enumerate(simulate(days, args.batches, args.retention), 1):
         totals.append(counts.total())

@@ -306,7 +306,7 @@ def test_a_crash_at_any_write_is_made_good_by_the_next_run(shop: Lake, table: st
     shop.send([event(9, timestamp="2025-11-29T15:00:00.000Z")], at=NOW + timedelta(hours=3))
     shop.send([event(9, timestamp="2025-11-29T15:00:00.000Z"), event(1)], at=NOW + timedelta(hours=3))
 
-    with full_disk(account, table):
+    with full_disk(account, "append_once", table):
         shop.account()
     report = shop.account()
     assert report.unexplained == []

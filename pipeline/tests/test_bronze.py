@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import Topic, event, forget_last_commit
+from delta.exceptions import ConcurrentTransactionException
 
-from clickstream import bronze
+from clickstream import bronze, lake
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -22,11 +23,13 @@ class Stream:
     def __init__(self, spark: SparkSession, settings: Settings) -> None:
         self.spark, self.settings = spark, settings
         self.source = f"{settings.lake_uri}/topic"
+        # One for all runs, so that it has to tell them apart; in silver's tests each run has its own.
+        self.writer = bronze.writer(settings)
 
     def run(self, *, sink: bool = False) -> None:
         """A batch a file; `sink` has Delta's own sink write them, as Bronze did at first."""
         records = self.spark.readStream.format("delta").option("maxFilesPerTrigger", 1).load(self.source)
-        query = bronze.query(records, self.settings, bronze.writer(self.settings))
+        query = bronze.query(records, self.settings, self.writer)
         if sink:
             query = (
                 bronze.archive(records)
@@ -37,8 +40,9 @@ class Stream:
             )
         query.trigger(availableNow=True).start().awaitTermination()
 
-    def forget_last_commit(self) -> None:
-        forget_last_commit(Path(self.settings.checkpoint(bronze.QUERY).removeprefix("file://")))
+    @property
+    def checkpoint(self) -> Path:
+        return Path(self.settings.checkpoint(bronze.QUERY).removeprefix("file://"))
 
     def rows(self) -> list[tuple[int, bytes]]:
         rows = bronze.CLICKSTREAM.read(self.spark, self.settings).select("offset", "value").collect()
@@ -60,9 +64,51 @@ def test_a_replayed_batch_changes_nothing(stream: Stream, topic: Topic, batches:
     before = stream.rows()
     assert [offset for offset, _ in before] == list(range(2 * batches))
     assert before[1][1] == b"rubbish"
-    stream.forget_last_commit()
+    forget_last_commit(stream.checkpoint)
     stream.run()
     assert stream.rows() == before
     topic.append(stream.source, [b"more"])
     stream.run()
     assert stream.rows() == [*before, (2 * batches, b"more")]
+
+
+def test_a_checkpoint_that_was_taken_back_doubles_nothing(stream: Stream, topic: Topic) -> None:
+    for _ in range(3):
+        topic.append(stream.source, [event(1), b"rubbish"])
+        stream.run()
+    before = stream.rows()
+    for _ in range(2):
+        forget_last_commit(stream.checkpoint)
+    stream.run()
+    assert stream.rows() == before
+
+
+def test_of_two_drivers_one_gives_way(
+    spark: SparkSession, settings: Settings, topic: Topic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that was taken for dead wrote the batch while this one was at it."""
+    path = settings.table(bronze.CLICKSTREAM.name)
+    rows = bronze.archive(topic.records([event(1)]))
+    lake.append_next(rows, path, "query", 1)
+    begin = lake._delta_log
+
+    class Slow:
+        """A table's log, between the start and the end of whose transactions another commits."""
+
+        def __init__(self, log: Any) -> None:
+            self._log = log
+
+        def startTransaction(self) -> Any:  # noqa: N802
+            begun = self._log.startTransaction()
+            monkeypatch.undo()
+            lake.append_next(rows, path, "query", 2)
+            return begun
+
+    def slow(spark: SparkSession, path: str) -> tuple[Any, Any]:
+        jvm, log = begin(spark, path)
+        return jvm, Slow(log)
+
+    monkeypatch.setattr(lake, "_delta_log", slow)
+    with pytest.raises(ConcurrentTransactionException):
+        lake.append_next(rows, path, "query", 2)
+    assert bronze.CLICKSTREAM.read(spark, settings).count() == 2

@@ -141,7 +141,7 @@ def test_a_replayed_batch_changes_nothing(stream: Stream, topic: Topic, batches:
 
 def test_a_crash_between_the_two_tables_loses_and_doubles_nothing(stream: Stream, topic: Topic) -> None:
     topic.append(stream.source, [event(1), b"rubbish", event(2)])
-    with full_disk(lake, "rejects"):
+    with full_disk(lake, "append_next", "rejects"):
         stream.run()
     assert (len(stream.events()), len(stream.rejects())) == (2, 0)
     stream.run()

@@ -54,7 +54,8 @@ def writer(settings: Settings) -> Callable[[DataFrame, int], None]:
     append = Appender()
 
     def write(batch: DataFrame, batch_id: int) -> None:
-        # As Delta's own sink, which looks for its earlier commit in every batch, and reads the table's log for that.
+        # By the name that Delta's own sink has for the query. That one looks for its earlier commit in every batch, and
+        # computes the table's state for it.
         append(batch, settings.table(CLICKSTREAM.name), query_id(batch.sparkSession), batch_id)
 
     return write

@@ -405,8 +405,8 @@ class GoldWriter:
         self._live: dict[str, LiveWindows] = {}
         # The greatest offsets that the stream may have brought: beyond them is what it will bring.
         self._brought: dict[Partition, int] = {}
-        # Live windows with so many events that they are computed by Spark each time they are not followed.
-        self._large: set[datetime] = set()
+        # Live windows, by table, that are too large to be followed: computed by Spark each time.
+        self._large: set[tuple[str, datetime]] = set()
 
     @property
     def newest(self) -> datetime | None:
@@ -473,7 +473,7 @@ class GoldWriter:
         for windowed in self._tables:
             self._refresh(windowed, final, final=True)
         self._open -= final
-        self._large -= final
+        self._large = {(table, window) for table, window in self._large if window not in final}
 
     def _follow(self, windowed: Windowed, batch: DataFrame, new: Mapping[datetime, Touched]) -> set[datetime]:
         """Adds the batch to the live windows it goes on with, and writes them; which these are."""
@@ -510,7 +510,7 @@ class GoldWriter:
             rows = [(*(row[name] for name in columns), False) for window in windows for row in live.rows(window)]
             self._marts.replace_windows(windowed.mart, windows, rows)
             metrics.ROWS_WRITTEN.labels(windowed.table.name).inc(len(rows))
-        live.trim()
+        self._large |= {(windowed.table.name, window) for window in live.trim()}
 
     def _refresh(self, windowed: Windowed, windows: Iterable[datetime], *, final: bool) -> None:
         """Takes these windows whole from silver.events and replaces them."""
@@ -528,14 +528,15 @@ class GoldWriter:
 
     def _take_up(self, windowed: Windowed, live: LiveWindows, windows: Sequence[datetime]) -> set[datetime]:
         """Follows windows by what the table has of them, and writes them; which these are: not those with too much."""
-        windows = [window for window in windows if window not in self._large]
+        table = windowed.table.name
+        windows = [window for window in windows if (table, window) not in self._large]
         if not windows:
             return set()
         # What the stream has yet to bring is left to it. What it may have brought, but not in order, is here or not:
         # each look at the table may be at another version of it. Brought later, it makes the window be taken up again.
         events = up_to(self._events(windows), self._brought)
         found = {window: of.events for window, of in touched(events, self._window).items()}
-        self._large |= {window for window, count in found.items() if count > FOLLOWED}
+        self._large |= {(table, window) for window, count in found.items() if count > FOLLOWED}
         count = sum(found.values())
         if count > FOLLOWED:
             return set()

@@ -269,11 +269,14 @@ def append_next(df: DataFrame, path: str, app_id: str, version: int) -> None:
 
     To look for it, Delta computes the table's whole state, which takes four times as long as writing a small batch. So
     this does what the writer does, without the look: of https://github.com/delta-io/delta, WriteIntoDelta is a
-    transaction that writes files and commits them together with the application's version.
+    transaction that writes files and commits them together with the application's version. It raises
+    ConcurrentTransactionException when another driver commits a version of this application meanwhile.
     """
     jvm, log_of = _delta_log(df.sparkSession, path)
     delta, none = jvm.org.apache.spark.sql.delta, jvm.scala.Option.empty()
     transaction = log_of.startTransaction()
+    # As the look would: the commit is checked against those of this application that came in between.
+    getattr(transaction.readTxn(), "$plus$eq")(app_id)
     files = transaction.writeFiles(df._jdf)
     entry = delta.actions.SetTransaction(app_id, version, jvm.scala.Some(int(time.time() * 1000)))
     append = jvm.org.apache.spark.sql.SaveMode.Append
@@ -283,18 +286,19 @@ def append_next(df: DataFrame, path: str, app_id: str, version: int) -> None:
 class Appender:
     """Appends a streaming query's batches to tables, each once; called inside foreachBatch.
 
-    A run of a query ends with the batch that fails, so only the first that it appends to a table can be one that an
-    earlier run wrote.
+    What may be there already is what earlier runs of the query wrote, so it is asked for once a run and table: up to
+    the batch that failed, or further, when the checkpoint was taken back by hand.
     """
 
     def __init__(self) -> None:
-        self._runs: dict[str, str] = {}
+        self._there: dict[tuple[str, str, str], int] = {}
 
     def __call__(self, df: DataFrame, path: str, app_id: str, version: int) -> None:
-        run = run_id(df.sparkSession)
-        append = append_next if self._runs.get(path) == run else append_once
-        append(df, path, app_id, version)
-        self._runs[path] = run
+        key = run_id(df.sparkSession), path, app_id
+        if key not in self._there:
+            self._there[key] = last_version(df.sparkSession, path, app_id)
+        if version > self._there[key]:
+            append_next(df, path, app_id, version)
 
 
 def last_version(spark: SparkSession, path: str, app_id: str) -> int:

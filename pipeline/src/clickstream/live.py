@@ -160,11 +160,13 @@ class LiveWindows:
         self._windows.pop(start, None)
         self._until = max(self._until or start, start)
 
-    def trim(self) -> None:
-        """Forgets the oldest windows until the others fit."""
+    def trim(self) -> set[datetime]:
+        """Forgets the oldest windows until the others fit; which of the forgotten do not fit by themselves either."""
         entries = {start: window.entries for start, window in self._windows.items()}
+        large = {start for start, count in entries.items() if count > self._limit}
         for start in sorted(entries):
             if sum(entries.values()) <= self._limit:
-                return
+                break
             del entries[start]
             self.forget(start)
+        return large

@@ -54,7 +54,7 @@ def _one_of(field: str, values: tuple[str, ...]) -> str:
     return f"e.{field} NOT IN ({', '.join(repr(v) for v in values)})"
 
 
-# On the bytes themselves, and `blank` is derived from them. A record that fails one of these has no fields to check.
+# On the bytes themselves; `blank` is derived from them and `e`. A record that fails one has no fields to check.
 PAYLOAD_RULES = (
     Rule("tombstone", "the record has no value", "value IS NULL"),
     Rule("empty_value", "the value has no bytes, or white space only", "blank"),
@@ -144,6 +144,8 @@ FIELD_RULES = (
 
 RULES = PAYLOAD_RULES + FIELD_RULES
 
+# Nothing but what JSON counts as white space; looked for only where no object is, as it takes the whole text.
+BLANK = r"CASE WHEN e IS NULL THEN trim(BOTH ' \t\n\r' FROM text) = '' ELSE false END"
 _STRICT = "map('allowSingleQuotes', 'false', 'allowNonNumericNumbers', 'false')"
 _ISO = r"^\\d{4}-\\d{2}-\\d{2}T\\d{2}:\\d{2}:\\d{2}([.]\\d{1,6})?(Z|[+-]\\d{2}:\\d{2})\\z"
 
@@ -184,11 +186,7 @@ def check(raw: DataFrame, settings: Settings) -> DataFrame:
             ),
         )
         .withColumn("e", F.expr("CASE WHEN size(parsed) = 1 AND alone THEN parsed[0] END"))
-        # Nothing but what JSON counts as white space; looked for only where no object is, as it takes the whole text.
-        .withColumn(
-            "blank",
-            F.expr(r"CASE WHEN e IS NULL THEN trim(BOTH ' \t\n\r' FROM text) = '' ELSE false END"),
-        )
+        .withColumn("blank", F.expr(BLANK))
         # Nothing below may throw on any input: ANSI mode would end the stream over one record.
         .withColumn(
             "event_time",

@@ -133,8 +133,8 @@ def kafka_stream(spark: SparkSession, settings: Settings, *, headers: bool) -> D
         .option("kafka.request.timeout.ms", "30000")
         .option("kafkaConsumer.pollTimeoutMs", "120000")
         .option("kafka.reconnect.backoff.max.ms", "2000")
-        # After each poll Spark seeks to the partition's ends and back, which throws away what was fetched beyond it: a
-        # poll takes a whole fetch. And a fetch begun at the end, which the next one has to wait for, is soon over.
+        # After each poll Spark asks the broker for both ends of the partition: a poll takes a whole fetch. And a fetch
+        # begun at the end of the topic, which the next one has to wait for, is soon over.
         .option("kafka.max.poll.records", "5000")
         .option("kafka.fetch.max.wait.ms", "20")
         .load()
