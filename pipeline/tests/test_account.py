@@ -341,7 +341,6 @@ ARRIVALS = st.tuples(
 
 @examples(
     max_examples=3,
-    deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.generate],  # to make an example smaller takes minutes

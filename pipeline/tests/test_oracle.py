@@ -73,7 +73,7 @@ def test_the_robot_is_cut_after_a_day(expected: dict[str, list[tuple[Any, ...]]]
     assert row[5] == 50  # every 29 minutes
 
 
-@examples(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@examples(max_examples=4, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(order=st.permutations(range(len(EVENTS))))
 def test_any_order_gives_what_the_oracle_says(
     spark: SparkSession, expected: dict[str, list[tuple[Any, ...]]], order: list[int]

@@ -291,7 +291,6 @@ def test_what_the_shop_says_is_valid(spark: SparkSession, settings: Settings) ->
 
 @examples(
     max_examples=5,
-    deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.generate],  # to make an example smaller takes minutes

@@ -291,10 +291,10 @@ class Appender:
     """
 
     def __init__(self) -> None:
-        self._there: dict[tuple[str, str, str], int] = {}
+        self._there: dict[tuple[str, str], int] = {}
 
     def __call__(self, df: DataFrame, path: str, app_id: str, version: int) -> None:
-        key = run_id(df.sparkSession), path, app_id
+        key = run_id(df.sparkSession), path
         if key not in self._there:
             self._there[key] = last_version(df.sparkSession, path, app_id)
         if version > self._there[key]:
@@ -302,7 +302,7 @@ class Appender:
 
 
 def last_version(spark: SparkSession, path: str, app_id: str) -> int:
-    """The version of this application's last `append_once` to a table; -1 before the first.
+    """The version of this application's last append to a table; -1 before the first.
 
     Of https://github.com/delta-io/delta: a snapshot's `transactions` are the versions by application.
     """
