@@ -7,6 +7,10 @@ batch: with six batches an hour, a day has 144 of Silver instead of 28,800, and 
 VACUUM as it should. What is printed are the files at the end of each day, by kind. They are bounded when the days are
 the same from the fourth on: what a day leaves is gone when retention and the next VACUUM have passed. The batches that
 a real day has more make more of the same, in proportion. With `--retention 12` that is a day sooner.
+
+Of a table's log, what is past its retention is told apart: Delta removes it when it writes a checkpoint, back to the
+one before, so up to twice CHECKPOINT_COMMITS stay. That is a bound as well, and nothing that is the same each day: a
+table with a commit an hour is cut when its turn comes, whatever the time.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +34,7 @@ from confluent_kafka import Producer
 
 from clickstream import account, alerts, compact, streams
 from clickstream.faults import Faults
+from clickstream.lake import CHECKPOINT_COMMITS
 from clickstream.session import spark_session
 from clickstream.settings import Settings
 from clickstream.shop import Shop
@@ -38,6 +45,7 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 HOUR_SECONDS = 3600
+DAY_SECONDS = 24 * HOUR_SECONDS
 RECORDS = 30
 LIBRARY = "libfaketimeMT.so.1"
 
@@ -49,6 +57,16 @@ def library() -> Path:
     if not found:
         sys.exit("days: libfaketime is not installed: run 'make days', or 'apt-get install faketime'")
     return found[0]
+
+
+@dataclass
+class Files:
+    """The lake's files, by kind. Of the logs those within their retention; `overdue` are the others, and `commits` how
+    many of them are commits, by table."""
+
+    kinds: Counter[str] = field(default_factory=Counter)
+    overdue: int = 0
+    commits: Counter[str] = field(default_factory=Counter)
 
 
 class Clock:
@@ -92,19 +110,23 @@ class Clock:
         # What utime changed has a new ctime too, before this.
         self._adjusted = self._real()
 
-    def files(self) -> Counter[str]:
-        """The lake's files by kind."""
-        counts: Counter[str] = Counter()
+    def files(self, retention: int) -> Files:
+        """The lake's files now, with so many hours of retention."""
+        found = Files()
+        # Delta keeps whole days.
+        cut = (self.now() - retention * HOUR_SECONDS) // DAY_SECONDS * DAY_SECONDS
         for folder, _, names in os.walk(self._lake):
             inner = Path(folder).relative_to(self._lake).parts
-            if "_delta_log" in inner:
-                kind = "log"
-            elif "_checkpoints" in inner:
-                kind = "checkpoints"
-            else:
-                kind = "data"
-            counts[kind] += len(names)
-        return counts
+            if "_delta_log" not in inner:
+                found.kinds["checkpoints" if "_checkpoints" in inner else "data"] += len(names)
+                continue
+            for name in names:
+                if os.stat(f"{folder}/{name}").st_mtime >= cut:
+                    found.kinds["log"] += 1
+                    continue
+                found.overdue += 1
+                found.commits[".".join(inner[:2])] += name.endswith(".json")
+        return found
 
 
 def full(retention: int) -> int:
@@ -135,7 +157,7 @@ def lake_of(stack: ExitStack, scratch: Path, clock: Clock, retention: int) -> tu
     return spark, settings
 
 
-def simulate(days: int, batches: int, retention: int) -> Iterator[Counter[str]]:
+def simulate(days: int, batches: int, retention: int) -> Iterator[Files]:
     """The files at the end of each day, with so many batches of each query an hour."""
     step = HOUR_SECONDS // batches
     with ExitStack() as stack:
@@ -163,7 +185,7 @@ def simulate(days: int, batches: int, retention: int) -> Iterator[Counter[str]]:
             alerts.update(spark, settings, None, alerts.parameters())
             compact.compact(spark, settings, vacuum=hour % 24 == 3)
             if hour % 24 == 23:
-                yield clock.files()
+                yield clock.files(retention)
         for query in queries:
             query.stop()
 
@@ -189,16 +211,23 @@ def main() -> int:
     if days <= first:
         print(f"to be compared with day {first}, there have to be more --days than that", file=sys.stderr)
     totals = []
-    for day, counts in enumerate(simulate(days, args.batches, args.retention), 1):
-        totals.append(counts.total())
+    code = 0
+    for day, files in enumerate(simulate(days, args.batches, args.retention), 1):
+        totals.append(files.kinds.total())
+        table, commits = max(files.commits.items(), key=itemgetter(1), default=("none", 0))
         print(
-            f"day {day}: {totals[-1]:>6} files: " + ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())),
+            f"day {day}: {totals[-1]:>6} files: " + ", ".join(f"{n} {kind}" for kind, n in sorted(files.kinds.items())),
+            f"and {files.overdue} of logs past retention, at most {commits} commits of a table ({table})",
+            sep="; ",
             flush=True,
         )
+        if commits > 2 * CHECKPOINT_COMMITS:
+            print(f"MISSED: {table} keeps more than {2 * CHECKPOINT_COMMITS} commits that could go", file=sys.stderr)
+            code = 1
     if days > first and totals[-1] > totals[first - 1] * 1.05:
         print(f"MISSED: the lake has more files on day {days} than on day {first}", file=sys.stderr)
-        return 1
-    return 0
+        code = 1
+    return code
 
 
 if __name__ == "__main__":

@@ -47,6 +47,10 @@ CONFLICTS = (
     ProtocolChangedException,
 )
 
+# From one checkpoint of a table's log to the next. There is a commit every few seconds: rarer checkpoints cost less
+# than the short log they would save.
+CHECKPOINT_COMMITS = 20
+
 
 @dataclass(frozen=True)
 class Table:
@@ -72,8 +76,7 @@ class Table:
         otherwise. Rows that were there have no value in an added column."""
         hours = settings.retention_hours
         properties = {
-            # A commit every few seconds: rarer checkpoints cost less than the short log they would save.
-            "delta.checkpointInterval": "20",
+            "delta.checkpointInterval": str(CHECKPOINT_COMMITS),
             "delta.logRetentionDuration": f"interval {hours} hours",
             "delta.deletedFileRetentionDuration": f"interval {hours} hours",
         }
