@@ -56,12 +56,10 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     classes = machine.file_system(tmp_path_factory.mktemp("classes"))
     (conf / "spark-defaults.conf").write_text(
         machine.spark_defaults(classes, tmp_path_factory.mktemp("spark"))
-        # A JVM that lives for minutes earns back neither the compiling of many small plans nor the optimising
-        # compiler. The tests of the role and end to end run as the services do, with both.
+        # Plans are many and small, so none earns back the compiling of code for it; what makes the plans does. The
+        # tests of the role and end to end run as the services do, with generated code.
         + "spark.sql.codegen.wholeStage false\n"
         "spark.sql.codegen.factoryMode NO_CODEGEN\n"
-        # Without it the compiled code has 48 MB, and when they are full, nothing is compiled any more.
-        "spark.driver.extraJavaOptions -XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=240m\n"
         # the state of a query that a test stopped is not needed for long
         "spark.sql.streaming.stateStore.maintenanceInterval 600s\n"
     )
