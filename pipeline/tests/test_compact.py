@@ -25,7 +25,10 @@ def later(hours: float) -> datetime:
     return datetime.now(UTC) + hours * HOURS
 
 
-def test_a_stream_that_lags_more_than_the_retention_is_named(spark: SparkSession, settings: Settings, dsn: str) -> None:
+def test_a_stream_that_lags_more_than_the_retention_is_named(
+    spark: SparkSession, settings: Settings, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compact, "TABLES", (silver.EVENTS,))
     shop = Gold(spark, settings, dsn)
     compact.guard(spark, settings, later(1000))
     shop.append(at(1, "12:00:10"))

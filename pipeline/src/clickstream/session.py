@@ -10,6 +10,8 @@ from pyspark.sql import functions as F  # noqa: N812
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
+    from pyspark.sql.readwriter import DataFrameReader
+    from pyspark.sql.streaming.readwriter import DataStreamReader
 
     from clickstream.settings import Settings
 
@@ -119,12 +121,17 @@ def batch_clock() -> Column:
 
 
 def kafka_stream(spark: SparkSession, settings: Settings, *, headers: bool) -> DataFrame:
+    stream = spark.readStream.option("maxOffsetsPerTrigger", settings.max_offsets_per_trigger)
+    return kafka_records(stream, settings, headers=headers)
+
+
+def kafka_records(reader: DataFrameReader | DataStreamReader, settings: Settings, *, headers: bool) -> DataFrame:
+    """The topic from its start, as a stream or at once."""
     return (
-        spark.readStream.format("kafka")
+        reader.format("kafka")
         .option("kafka.bootstrap.servers", settings.bootstrap_servers)
         .option("subscribe", settings.topic)
         .option("startingOffsets", "earliest")
-        .option("maxOffsetsPerTrigger", settings.max_offsets_per_trigger)
         .option("includeHeaders", str(headers).lower())
         # Offsets that retention took before we read them are a loss: stop and say so.
         .option("failOnDataLoss", "true")
