@@ -132,12 +132,19 @@ test: ## Everything: lint, unit, one scenario a role, end to end; prints the tim
 
 .PHONY: lint
 lint: $(VENV) ## Python, shell, YAML, Ansible and the repository's own rules
+	@$(MAKE) --jobs=2 --output-sync .lint-files .lint-repository
+
+# Half of the time each.
+.PHONY: .lint-files .lint-repository
+.lint-files:
 	ruff check .
 	ruff format --check .
 	mypy
 	shellcheck $$(grep -lrE '^#!(/bin/sh|/usr/bin/env bash)' .ci ansible/scripts)
 	yamllint --strict .
 	ansible-lint --offline
+
+.lint-repository:
 	pytest -q tests/repo
 
 .PHONY: unit
@@ -234,6 +241,6 @@ $(AIRFLOW_VENV): roles/airflow/files/requirements.txt
 
 $(TEST_JARS).stamp: roles/spark/files/jars.lock
 $(KAFKA_JARS).stamp: roles/kafka/files/jars.lock
-$(TEST_JARS).stamp $(KAFKA_JARS).stamp:
+$(TEST_JARS).stamp $(KAFKA_JARS).stamp: | $(VENV)
 	@ansible localhost -m maven_jars -a '{"path": "$(CURDIR)/$(basename $@)", "lock": "{{ lookup(\"ansible.builtin.file\", \"$(CURDIR)/$<\") }}"$(if $(MAVEN_REPOSITORY_URL),$(comma) "repository_url": "$(MAVEN_REPOSITORY_URL)")}' 
 	@touch $@
