@@ -212,8 +212,8 @@ class Bench:
         return kafka_records(self.spark.read, self.settings, headers=True)
 
     def dump(self) -> None:
-        """The topic's records as files, one a core."""
-        self.topic().repartition(2).write.parquet(self.source)
+        """The topic's records as files, as many as it has partitions."""
+        self.topic().repartition(PARTITIONS).write.parquet(self.source)
         assert self.spark.read.parquet(self.source).count() == self.rows
 
     def stream(self, build: Callable[[Settings], DataStreamWriter]) -> float:
@@ -294,7 +294,7 @@ def streams(bench: Bench, names: Sequence[str], repeat: int) -> list[Result]:
     found = []
     plain = Contender(PLAIN, bench.rows, lambda: bench.to_parquet(bench.files), {})
     if "bronze" in names:
-        # What is left for Bronze when the broker and Spark's source have had theirs of the same cores.
+        # What the broker and Spark's source take of the same cores, without stream, checkpoint and Delta.
         read = Contender("Kafka to nowhere, one job", bench.rows, bench.read, {PLAIN: 0.0})
         copied = Contender("Kafka to Parquet, one job", bench.rows, lambda: bench.to_parquet(bench.topic), {PLAIN: 0.0})
         stream = Contender("Kafka to Delta", bench.rows, lambda: bench.stream(bench.bronze), {PLAIN: 0.8})

@@ -56,8 +56,8 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     classes = machine.file_system(tmp_path_factory.mktemp("classes"))
     (conf / "spark-defaults.conf").write_text(
         machine.spark_defaults(classes, tmp_path_factory.mktemp("spark"))
-        # Plans are many and small, so none earns back the compiling of code for it; what makes the plans does. The
-        # tests of the role and end to end run as the services do, with generated code.
+        # No plan runs long enough to earn back generated code. The tests of the role and end to end run as the
+        # services do, with it.
         + "spark.sql.codegen.wholeStage false\n"
         "spark.sql.codegen.factoryMode NO_CODEGEN\n"
         # the state of a query that a test stopped is not needed for long

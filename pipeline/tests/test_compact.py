@@ -28,6 +28,7 @@ def later(hours: float) -> datetime:
 def test_a_stream_that_lags_more_than_the_retention_is_named(
     spark: SparkSession, settings: Settings, dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The one that is looked at. All of them are compacted beside Gold's stream, see test_gold.
     monkeypatch.setattr(compact, "TABLES", (silver.EVENTS,))
     shop = Gold(spark, settings, dsn)
     compact.guard(spark, settings, later(1000))

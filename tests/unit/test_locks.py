@@ -59,7 +59,7 @@ def normal(package: str) -> str:
 
 
 def test_spark_jars_are_not_among_pysparks_own() -> None:
-    """Those of the package's tests, see `make unit`; the control environment has no pyspark."""
+    """Those of the pyspark in the environment of the package's tests; the control environment has none."""
     artifacts = r"^(?P<artifact>.+?)-(?P<version>\d[^/]*)\.jar$"
     shipped = {
         match["artifact"]
@@ -70,5 +70,5 @@ def test_spark_jars_are_not_among_pysparks_own() -> None:
         jar.coordinates.split(":")[1]
         for jar in maven_jars.parse_lock((ROOT / "roles/spark/files/jars.lock").read_text(encoding="utf-8"))
     }
-    assert len(shipped) > 100
+    assert len(shipped) > 100, ".cache/test-venv has no pyspark: run 'make unit', which makes it"
     assert not locked & shipped
