@@ -116,8 +116,12 @@ def offsets(spark: SparkSession, settings: Settings, *tables: str) -> Counter[tu
     )
 
 
-def test_bronze_to_gold_with_the_conservation_law(spark: SparkSession, settings: Settings) -> None:
+def test_bronze_to_gold_with_the_conservation_law(
+    spark: SparkSession, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The real queries with their checkpoints on S3, stopped and started between batches, then the batch layer."""
+    # Those that are looked at.
+    monkeypatch.setattr(compact, "TABLES", silver.TABLES)
     streams, topic = Silver(spark, settings), Topic(spark)
     bronze.CLICKSTREAM.ensure(spark, settings)
     gold.prepare(spark, settings)
