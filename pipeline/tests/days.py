@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 import machine
 from confluent_kafka import Producer
 
-from clickstream import account, alerts, compact, streams
+from clickstream import account, alerts, backfill, compact, sessions, streams
 from clickstream.faults import Faults
 from clickstream.lake import CHECKPOINT_COMMITS
 from clickstream.session import spark_session
@@ -147,6 +147,34 @@ class Clock:
         return found
 
 
+class Logs:
+    """Cuts the tables' logs as Delta does after each checkpoint, but when a step's files have got the simulated time:
+    with the real one they look days old, and Delta would take the new checkpoint for one to go back to."""
+
+    def __init__(self, spark: SparkSession, settings: Settings) -> None:
+        self._spark, self._last = spark, dict[str, str]()
+        # The other two are written by nothing here.
+        for table in (table for table in compact.TABLES if table not in (backfill.BACKFILLS, sessions.TABLE)):
+            table.ensure(spark, settings)
+            path = settings.table(table.name)
+            spark.sql(f"ALTER TABLE delta.`{path}` SET TBLPROPERTIES ('delta.enableExpiredLogCleanup' = 'false')")
+            self._last[path] = ""
+
+    def cut(self) -> None:
+        """Cut the logs that have a new checkpoint."""
+        jvm = self._spark._jvm
+        assert jvm is not None
+        for path, last in self._last.items():
+            found = (Path(path.removeprefix("file://")) / "_delta_log").glob("*.checkpoint.*")
+            newest = max((file.name for file in found), default="")
+            if newest != last:
+                log = jvm.org.apache.spark.sql.delta.DeltaLog.forTable(self._spark._jsparkSession, path)
+                none = jvm.scala.Option.empty()
+                defaults = (getattr(log, f"cleanUpExpiredLogs$default${number}")() for number in (2, 3, 4))
+                log.cleanUpExpiredLogs(log.update(False, none, none), *defaults)
+                self._last[path] = newest
+
+
 def full(retention: int) -> int:
     """The first day at whose end what was removed is what a day leaves: so many hours of retention, up to a day more
     until VACUUM or a log's cut, and a log's next checkpoint."""
@@ -185,6 +213,7 @@ def simulate(days: int, batches: int, retention: int) -> Iterator[Files]:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="clickstream-days-")))
         clock = Clock(scratch)
         spark, settings = lake_of(stack, scratch, clock, retention)
+        logs = Logs(spark, settings)
         queries = [streams.start_query(spark, settings, name, {}) for name in streams.QUERIES]
         records = Faults(Shop(seed=1, clock=clock.now), {"duplicate": 0.03, "malformed": 0.03}, seed=1)
         jvm = spark._jvm
@@ -205,6 +234,8 @@ def simulate(days: int, batches: int, retention: int) -> Iterator[Files]:
             assert not report.unexplained
             alerts.update(spark, settings, None, alerts.parameters())
             compact.compact(spark, settings, vacuum=hour % 24 == 3)
+            clock.stamp()
+            logs.cut()
             if hour % 24 == 23:
                 yield clock.files(retention)
         for query in queries:
