@@ -214,7 +214,7 @@ class Bench:
     def dump(self) -> None:
         """The topic's records as files, as many as it has partitions."""
         self.topic().repartition(PARTITIONS).write.parquet(self.source)
-        assert self.spark.read.parquet(self.source).count() == self.rows
+        assert self.files().count() == self.rows
 
     def stream(self, build: Callable[[Settings], DataStreamWriter]) -> float:
         """Seconds of a stream's batches from the start of the topic to its end, into a lake of its own."""

@@ -36,7 +36,7 @@ from confluent_kafka import Producer
 
 from clickstream import account, alerts, backfill, compact, sessions, streams
 from clickstream.faults import Faults
-from clickstream.lake import CHECKPOINT_COMMITS
+from clickstream.lake import CHECKPOINT_COMMITS, delta_log
 from clickstream.session import spark_session
 from clickstream.settings import Settings
 from clickstream.shop import Shop
@@ -125,23 +125,20 @@ class Clock:
         self._file.write_text(f"+{self._offset}")
 
     def files(self, retention: int) -> Files:
-        """The lake's files now, with so many hours of retention."""
-        self.stamp()
-        found = Files()
+        """The lake's files now, all of them stamped, with so many hours of retention."""
+        found, kept = Files(), cut(self.now(), retention)
         for folder, _, names in os.walk(self._lake):
             inner = Path(folder).relative_to(self._lake).parts
             if "_delta_log" not in inner:
                 found.counts["checkpoints" if "_checkpoints" in inner else "data"] += len(names)
                 continue
             written = {name: os.stat(f"{folder}/{name}").st_mtime for name in names}
-            old = sum(at < cut(self.now(), retention) for at in written.values())
+            old = sum(at < kept for at in written.values())
             found.counts["log"] += len(names) - old
             found.old += old
             # Before the first checkpoint nothing is cut.
-            last = max((at for name, at in written.items() if ".checkpoint." in name), default=0.0)
-            versions = {
-                name[:VERSION] for name, at in written.items() if at < cut(last, retention) and name[:VERSION].isdigit()
-            }
+            last = cut(max((at for name, at in written.items() if ".checkpoint." in name), default=0.0), retention)
+            versions = {name[:VERSION] for name, at in written.items() if at < last and name[:VERSION].isdigit()}
             if versions:
                 found.left[".".join(inner[:2])] = len(versions)
         return found
@@ -154,7 +151,7 @@ class Logs:
     def __init__(self, spark: SparkSession, settings: Settings) -> None:
         self._spark, self._last = spark, dict[str, str]()
         # The other two are written by nothing here.
-        for table in (table for table in compact.TABLES if table not in (backfill.BACKFILLS, sessions.TABLE)):
+        for table in set(compact.TABLES) - {backfill.BACKFILLS, sessions.TABLE}:
             table.ensure(spark, settings)
             path = settings.table(table.name)
             spark.sql(f"ALTER TABLE delta.`{path}` SET TBLPROPERTIES ('delta.enableExpiredLogCleanup' = 'false')")
@@ -162,13 +159,11 @@ class Logs:
 
     def cut(self) -> None:
         """Cut the logs that have a new checkpoint."""
-        jvm = self._spark._jvm
-        assert jvm is not None
         for path, last in self._last.items():
             found = (Path(path.removeprefix("file://")) / "_delta_log").glob("*.checkpoint.*")
             newest = max((file.name for file in found), default="")
             if newest != last:
-                log = jvm.org.apache.spark.sql.delta.DeltaLog.forTable(self._spark._jsparkSession, path)
+                jvm, log = delta_log(self._spark, path)
                 none = jvm.scala.Option.empty()
                 defaults = (getattr(log, f"cleanUpExpiredLogs$default${number}")() for number in (2, 3, 4))
                 log.cleanUpExpiredLogs(log.update(False, none, none), *defaults)

@@ -90,7 +90,7 @@ def test_of_two_drivers_one_gives_way(
     path = settings.table(bronze.CLICKSTREAM.name)
     rows = bronze.archive(topic.records([event(1)]))
     lake.append_next(rows, path, "query", 1)
-    begin = lake._delta_log
+    begin = lake.delta_log
 
     class Slow:
         """A table's log, between the start and the end of whose transactions another commits."""
@@ -108,7 +108,7 @@ def test_of_two_drivers_one_gives_way(
         jvm, log = begin(spark, path)
         return jvm, Slow(log)
 
-    monkeypatch.setattr(lake, "_delta_log", slow)
+    monkeypatch.setattr(lake, "delta_log", slow)
     with pytest.raises(ConcurrentTransactionException):
         lake.append_next(rows, path, "query", 2)
     assert bronze.CLICKSTREAM.read(spark, settings).count() == 2

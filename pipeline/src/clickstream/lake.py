@@ -260,7 +260,7 @@ def append_once(df: DataFrame, path: str, app_id: str, version: int) -> None:
     (df.write.format("delta").mode("append").option("txnAppId", app_id).option("txnVersion", version).save(path))
 
 
-def _delta_log(spark: SparkSession, path: str) -> tuple[Any, Any]:
+def delta_log(spark: SparkSession, path: str) -> tuple[Any, Any]:
     """The JVM, and Delta's own object for a table's log."""
     jvm = spark._jvm
     assert jvm is not None
@@ -275,7 +275,7 @@ def append_next(df: DataFrame, path: str, app_id: str, version: int) -> None:
     transaction that writes files and commits them together with the application's version. It raises
     ConcurrentTransactionException when another driver commits a version of this application meanwhile.
     """
-    jvm, log_of = _delta_log(df.sparkSession, path)
+    jvm, log_of = delta_log(df.sparkSession, path)
     delta, none = jvm.org.apache.spark.sql.delta, jvm.scala.Option.empty()
     transaction = log_of.startTransaction()
     # As the look would: the commit is checked against those of this application that came in between.
@@ -309,7 +309,7 @@ def last_version(spark: SparkSession, path: str, app_id: str) -> int:
 
     Of https://github.com/delta-io/delta: a snapshot's `transactions` are the versions by application.
     """
-    jvm, log_of = _delta_log(spark, path)
+    jvm, log_of = delta_log(spark, path)
     none = jvm.scala.Option.empty()
     found = log_of.update(False, none, none).transactions().get(app_id)
     return int(found.get()) if found.isDefined() else -1
