@@ -148,15 +148,14 @@ lint: $(VENV) ## Python, shell, YAML, Ansible and the repository's own rules
 	pytest -q tests/repo
 
 .PHONY: unit
-unit: $(VENV) $(TEST_VENV) $(TEST_JARS).stamp $(AIRFLOW_VENV) ## The package, on local Spark and a private PostgreSQL; the DAGs; the Ansible modules
+unit: $(VENV) $(TEST_VENV) $(TEST_JARS).stamp $(AIRFLOW_VENV) ## The package, on local Spark, a private PostgreSQL and a stand-in for S3; the DAGs; the Ansible modules
 	pytest -q tests/unit tests/dags
-	$(PACKAGE_TESTS) -n 2 --durations=12 -m "not crash and not s3"
+	$(PACKAGE_TESTS) -n 2 --durations=12 -m "not crash"
 
 .PHONY: terraform
-terraform: $(VENV) $(TEST_VENV) $(SCAN_VENV) $(TEST_JARS).stamp ## Terraform's modules, an environment's life on a stand-in for AWS, its inventory on guests, a policy scan, the lake on S3
+terraform: $(VENV) $(TEST_VENV) $(SCAN_VENV) ## Terraform's modules, an environment's life on a stand-in for AWS, its inventory on guests, a policy scan
 	@ansible/scripts/prepare-host guests
 	.cache/test-venv/bin/python -m pytest -q -n 2 --dist loadfile --durations=8 tests/terraform $(ARGS)
-	$(PACKAGE_TESTS) -m s3 --durations=5
 
 .PHONY: crash
 crash: $(VENV) $(TEST_VENV) $(TEST_JARS).stamp $(KAFKA_JARS).stamp ## Kill the streams at random points, then count everything again: ARGS="--kills 30 --seed 7"

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
     from pyspark.sql import SparkSession
 
-pytestmark = pytest.mark.s3
-
 BUCKET = "lake"
 COMMITS = 6
 # What a node's spark-defaults.conf does not say: where the stand-in is, and its keys instead of the instance's role.

@@ -3,16 +3,51 @@
 from __future__ import annotations
 
 import json
+import queue
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
+from conftest import Silver, event
 
 from clickstream import streams
 from clickstream.progress import ProgressListener
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from conftest import Topic
+    from pyspark.sql import SparkSession
+
+    from clickstream.settings import Settings
+
+
+def test_the_status_is_what_spark_says_of_the_batch(
+    spark: SparkSession, settings: Settings, topic: Topic, tmp_path: Path
+) -> None:
+    told = queue.Queue[str]()
+    listener = ProgressListener(str(tmp_path), {}, {"silver": lambda: {"last_event_at": None}}, told.put)
+    stream = Silver(spark, settings)
+    topic.append(stream.source, [event(1), b"rubbish"])
+    spark.streams.addListener(listener)
+    try:
+        batches = stream.run().recentProgress
+        assert [told.get(timeout=60) for _ in batches] == ["silver"] * len(batches)
+    finally:
+        spark.streams.removeListener(listener)
+    assert sum(batch["numInputRows"] for batch in batches) == 2
+    status, last = json.loads((tmp_path / "silver.json").read_text()), batches[-1]
+    said = {
+        "batch_id": last["batchId"],
+        "batch_at": last["timestamp"],
+        "input_rows": last["numInputRows"],
+        "batch_ms": last["batchDuration"],
+        "durations_ms": last["durationMs"],
+        "watermark": last["eventTime"]["watermark"],
+        "end_offsets": json.loads(last["sources"][0]["endOffset"]),
+        "last_event_at": None,
+    }
+    assert {name: status[name] for name in said} == said
 
 
 @pytest.mark.parametrize(("work", "percent", "rest"), [(5, 20, 20), (5, 50, 5), (5, 100, 0), (300, 20, 600)])

@@ -254,7 +254,7 @@ def test_nothing_was_lost_by_the_stops(platform: Platform) -> None:
 def test_memory(platform: Platform) -> None:
     """Speed and processor are printed, not asserted: they are the machine's as much as ours."""
     platform.healthy()
-    platform.figures.append(platform.make("latency", check=False).stdout)
+    platform.figures.append(platform.make("latency", "ARGS=--seconds 30", check=False).stdout)
 
     def no_job_runs() -> bool:
         # A bounded job, the hourly compaction, is not part of the settled platform.

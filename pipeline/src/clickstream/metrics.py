@@ -14,7 +14,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from clickstream import bronze
 
 if TYPE_CHECKING:
-    from pyspark.sql.streaming.listener import StreamingQueryProgress
+    from collections.abc import Mapping
 
 ROWS_READ = Counter("clickstream_rows_read", "Rows that a query read from its source.", ["query"])
 ROWS_WRITTEN = Counter(
@@ -39,18 +39,19 @@ OFFSETS_BEHIND = Gauge(
 )
 
 
-def observe(name: str, progress: StreamingQueryProgress, extra: dict[str, Any]) -> None:
-    """Take over what Spark says of a query's batch, and what the query says of itself."""
-    ROWS_READ.labels(name).inc(max(0, progress.numInputRows))
+def observe(name: str, progress: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+    """Take over what Spark says of a query's batch, by the names of its JSON, and what the query says of itself."""
+    rows = max(0, progress["numInputRows"])
+    ROWS_READ.labels(name).inc(rows)
     if name == bronze.QUERY:
         # It keeps what it reads, all of it.
-        ROWS_WRITTEN.labels(bronze.CLICKSTREAM.name).inc(max(0, progress.numInputRows))
-    BATCH_SECONDS.labels(name).observe(progress.batchDuration / 1000)
-    watermark = progress.eventTime.get("watermark")
+        ROWS_WRITTEN.labels(bronze.CLICKSTREAM.name).inc(rows)
+    BATCH_SECONDS.labels(name).observe(progress["batchDuration"] / 1000)
+    watermark = progress.get("eventTime", {}).get("watermark")
     # Before the first event it is 1970.
     if watermark and (seconds := datetime.fromisoformat(watermark).timestamp()) > 0:
         WATERMARK.labels(name).set(seconds)
-    behind = [source.metrics.get("maxOffsetsBehindLatest") for source in progress.sources]
+    behind = [source.get("metrics", {}).get("maxOffsetsBehindLatest") for source in progress["sources"]]
     if behind and behind[0] is not None:
         OFFSETS_BEHIND.labels(name).set(float(behind[0]))
     if extra.get("last_event_at"):
