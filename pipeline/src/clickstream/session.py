@@ -30,6 +30,10 @@ COMMON = {
     # `value` too is a few rows more).
     "spark.hadoop.parquet.enable.dictionary#value": "false",
     "spark.hadoop.parquet.enable.dictionary#event_id": "false",
+    # Where in our code a column was made is not told with an error: to know it, each function that makes one asks the
+    # JVM four times and looks for IPython, and each expression takes it along to the executors.
+    "spark.python.sql.dataFrameDebugging.enabled": "false",
+    "spark.sql.dataFrameQueryContext.enabled": "false",
     "spark.ui.showConsoleProgress": "false",
     "spark.locality.wait": "0s",
     # A batch is of few days: a file open for each costs less than sorting the rows by day.
