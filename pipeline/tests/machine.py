@@ -25,12 +25,12 @@ def java() -> str:
 
 
 def jars() -> list[Path]:
-    """The jars of Delta Lake and Spark's Kafka source."""
+    """The jars of the role's lock: Delta Lake, Spark's Kafka source, S3A."""
     directory = os.environ.get("CLICKSTREAM_TEST_JARS", "")
     found = sorted(Path(directory).glob("*.jar")) if directory else []
     if not any("delta-spark" in jar.name for jar in found):
         pytest.exit(
-            "CLICKSTREAM_TEST_JARS must name a directory with the jars of Delta Lake and Spark's Kafka source; "
+            "CLICKSTREAM_TEST_JARS must name a directory with the jars of roles/spark/files/jars.lock; "
             "`make unit` provides it",
             returncode=3,
         )

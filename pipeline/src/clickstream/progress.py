@@ -8,12 +8,12 @@ import os
 import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from kafka import KafkaConsumer
 from kafka.structs import OffsetAndMetadata, TopicPartition
 from pyspark import SparkContext
-from pyspark.sql.streaming.listener import JStreamingQueryListener, QueryProgressEvent, StreamingQueryListener
+from pyspark.sql.streaming.listener import JStreamingQueryListener, StreamingQueryListener
 
 from clickstream import metrics
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from py4j.java_gateway import JavaObject
     from pyspark.sql.streaming.listener import (
         QueryIdleEvent,
+        QueryProgressEvent,
         QueryStartedEvent,
         QueryTerminatedEvent,
-        StreamingQueryProgress,
     )
 
 log = logging.getLogger("clickstream")
@@ -115,14 +115,13 @@ def write_atomically(path: Path, content: Mapping[str, Any]) -> None:
 
 
 class _Events(JStreamingQueryListener):
-    """Takes what is said of a batch as one text.
+    """Takes what is said of a batch as one text; not by pyspark's `fromJson`, which fails where a rate is absent.
 
     Its parent asks the JVM for each of some hundred figures, which took a seventh of the streams' processor time.
     """
 
     def onQueryProgress(self, jevent: JavaObject) -> None:  # noqa: N802
-        progress = cast("StreamingQueryProgress", json.loads(jevent.progress().json()))
-        self.pylistener.onQueryProgress(QueryProgressEvent(progress))
+        self.pylistener.on_batch(json.loads(jevent.progress().json()))
 
 
 class ProgressListener(StreamingQueryListener):
@@ -148,6 +147,15 @@ class ProgressListener(StreamingQueryListener):
         self._names: dict[str, str] = {}
         self._status: dict[str, dict[str, Any]] = {}
 
+    @property
+    def _jlistener(self) -> JavaObject:
+        """What pyspark 4.2 hands to the JVM; a test fails when it does not ask for it any more."""
+        if not hasattr(self, "_jlistenerobj"):
+            jvm = SparkContext._jvm
+            assert jvm is not None
+            self._jlistenerobj = jvm.PythonStreamingQueryListenerWrapper(_Events(self))
+        return self._jlistenerobj
+
     def _write(self, name: str, **changes: Any) -> None:
         status = self._status.setdefault(name, {"query": name, "pid": os.getpid()})
         status |= changes
@@ -168,20 +176,17 @@ class ProgressListener(StreamingQueryListener):
         self._names[str(event.id)] = name
         self._write(name, state="starting")
 
-    @property
-    def _jlistener(self) -> JavaObject:
-        """What Spark's `addListener` takes."""
-        if not hasattr(self, "_jlistenerobj"):
-            jvm = SparkContext._jvm
-            assert jvm is not None
-            self._jlistenerobj = jvm.PythonStreamingQueryListenerWrapper(_Events(self))
-        return self._jlistenerobj
-
     def onQueryProgress(self, event: QueryProgressEvent) -> None:  # noqa: N802
-        # As Spark writes it in JSON: what is not a number is left out.
-        batch: Mapping[str, Any] = event.progress
+        self.on_batch(json.loads(event.progress.json))
+
+    def on_batch(self, batch: Mapping[str, Any]) -> None:
+        """Takes Spark's JSON of a batch's progress.
+
+        A number that is none (a rate over no time) and a map that is empty are left out of it.
+        """
         name = batch["name"] or batch["id"]
         end = batch["sources"][0]["endOffset"] if batch["sources"] else None
+        rate = batch.get("processedRowsPerSecond")
         extra = dict(self._extra.get(name, dict)())
         metrics.observe(name, batch, extra)
         self._write(
@@ -190,9 +195,9 @@ class ProgressListener(StreamingQueryListener):
             batch_id=batch["batchId"],
             batch_at=batch["timestamp"],
             input_rows=batch["numInputRows"],
-            rows_per_second=round(batch.get("processedRowsPerSecond", 0.0), 1),
+            rows_per_second=None if rate is None else round(rate, 1),
             batch_ms=batch["batchDuration"],
-            durations_ms=batch["durationMs"],
+            durations_ms=batch.get("durationMs", {}),
             watermark=batch.get("eventTime", {}).get("watermark"),
             end_offsets=end,
             **extra,
