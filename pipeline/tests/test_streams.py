@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import queue
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -50,20 +51,11 @@ def test_the_status_is_what_spark_says_of_the_batch(
     assert {name: status[name] for name in said} == said
 
 
-class Group:
-    """Keeps what is published."""
-
-    def __init__(self) -> None:
-        self.published = list[object]()
-
-    def publish(self, offsets: object) -> None:
-        self.published.append(offsets)
-
-
 @pytest.mark.parametrize(("end", "published"), [({"clicks": {"0": 5}}, [{"clicks": {"0": 5}}]), (None, [])])
 def test_a_batch_of_which_spark_says_little(tmp_path: Path, end: object, published: list[object]) -> None:
     """As of Bronze, which has no watermark, and of a batch that took no time."""
-    group = Group()
+    found = list[object]()
+    group = SimpleNamespace(publish=found.append)
     listener = ProgressListener(str(tmp_path), {"bronze": group}, {}, lambda _: None)  # type: ignore[dict-item]
     batch = {"id": "an id", "name": "bronze", "batchId": 3, "timestamp": "2025-11-29T12:00:00.000Z"}
     batch |= {"numInputRows": 0, "batchDuration": 0, "sources": [{"endOffset": end}]}
@@ -71,7 +63,7 @@ def test_a_batch_of_which_spark_says_little(tmp_path: Path, end: object, publish
     status = json.loads((tmp_path / "bronze.json").read_text())
     assert (status["batch_id"], status["rows_per_second"], status["watermark"]) == (3, None, None)
     assert status["end_offsets"] == end
-    assert group.published == published
+    assert found == published
     listener.on_batch(batch | {"name": None})
     assert (tmp_path / "an id.json").is_file()
 

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,14 +148,12 @@ class ProgressListener(StreamingQueryListener):
         self._names: dict[str, str] = {}
         self._status: dict[str, dict[str, Any]] = {}
 
-    @property
+    @cached_property
     def _jlistener(self) -> JavaObject:
         """What pyspark 4.2 hands to the JVM; a test fails when it does not ask for it any more."""
-        if not hasattr(self, "_jlistenerobj"):
-            jvm = SparkContext._jvm
-            assert jvm is not None
-            self._jlistenerobj = jvm.PythonStreamingQueryListenerWrapper(_Events(self))
-        return self._jlistenerobj
+        jvm = SparkContext._jvm
+        assert jvm is not None
+        return jvm.PythonStreamingQueryListenerWrapper(_Events(self))
 
     def _write(self, name: str, **changes: Any) -> None:
         status = self._status.setdefault(name, {"query": name, "pid": os.getpid()})
