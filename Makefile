@@ -19,6 +19,8 @@ KAFKA_JARS := .cache/kafka-jars
 PACKAGE_TESTS = cd pipeline && CLICKSTREAM_TEST_JARS=$(CURDIR)/$(TEST_JARS) \
   CLICKSTREAM_TEST_KAFKA_JARS=$(CURDIR)/$(KAFKA_JARS) ../.cache/test-venv/bin/python -m pytest -q
 ARGS ?=
+# Processes of the package's tests, each with a Spark session of its own.
+WORKERS ?= 2
 comma := ,
 
 ##@ Run
@@ -150,7 +152,7 @@ lint: $(VENV) ## Python, shell, YAML, Ansible and the repository's own rules
 .PHONY: unit
 unit: $(VENV) $(TEST_VENV) $(TEST_JARS).stamp $(AIRFLOW_VENV) ## The package, on local Spark, a private PostgreSQL and a stand-in for S3; the DAGs; the Ansible modules
 	pytest -q tests/unit tests/dags
-	$(PACKAGE_TESTS) -n 2 --durations=12 -m "not crash"
+	$(PACKAGE_TESTS) -n $(WORKERS) --durations=12 -m "not crash"
 
 .PHONY: terraform
 terraform: $(VENV) $(TEST_VENV) $(SCAN_VENV) ## Terraform's modules, an environment's life on a stand-in for AWS, its inventory on guests, a policy scan
