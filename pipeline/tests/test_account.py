@@ -61,11 +61,11 @@ class Lake(Silver):
 
     def places(self) -> dict[int, list[str]]:
         """Each offset of partition 0, and the tables or dispositions it is in."""
+        events = silver.EVENTS.read(self.spark, self.settings).selectExpr("offset", "partition", "'events'")
+        rejects = silver.REJECTS.read(self.spark, self.settings).select("offset", "partition", "disposition")
         found: dict[int, list[str]] = {}
-        for row in silver.EVENTS.read(self.spark, self.settings).where("partition = 0").collect():
-            found.setdefault(row["offset"], []).append("events")
-        for row in silver.REJECTS.read(self.spark, self.settings).where("partition = 0").collect():
-            found.setdefault(row["offset"], []).append(row["disposition"])
+        for offset, _, place in events.union(rejects).where("partition = 0").collect():
+            found.setdefault(offset, []).append(place)
         return found
 
     def placed(self) -> dict[oracle.Position, tuple[str, frozenset[str]]]:

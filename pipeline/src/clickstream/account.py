@@ -311,13 +311,18 @@ def complete(spark: SparkSession, settings: Settings, ranges: Sequence[Range]) -
         classified = classify(candidates, silver.EVENTS.read(spark, settings)).persist()
         try:
             late = classified.where(F.col("disposition") == LATE)
-            added = Counter((row["topic"], row["partition"]) for row in late.select("topic", "partition").collect())
+            found = classified.groupBy("disposition", "topic", "partition").count().collect()
+            added = Counter({(row[1], row[2]): row["count"] for row in found if row["disposition"] == LATE})
             dropped = rejects(invalid, silver.INVALID, settings).unionByName(
                 rejects(classified.where(F.col("disposition") != LATE), F.col("disposition"), settings)
             )
+            refused = any(row["disposition"] != LATE for row in found) or not invalid.isEmpty()
             # Rejects first: what a crash leaves undone is missing still, and the next run finds it.
-            for table, rows in ((silver.REJECTS, dropped), (silver.EVENTS, silver.events(late, settings))):
-                if not rows.isEmpty():
+            for table, rows, some in (
+                (silver.REJECTS, dropped, refused),
+                (silver.EVENTS, silver.events(late, settings), bool(added)),
+            ):
+                if some:
                     append_once(rows.coalesce(1), settings.table(table.name), _writer(table), version[table])
         finally:
             classified.unpersist()

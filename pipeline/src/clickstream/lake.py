@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import random
 import threading
@@ -87,20 +88,25 @@ class Table:
         def pairs(values: dict[str, str]) -> str:
             return ", ".join(f"'{key}' = '{value}'" for key, value in values.items())
 
-        # Applications may start together: the one that loses the race finds the table there.
-        retry_conflicts(
-            lambda: spark.sql(
-                f"CREATE TABLE IF NOT EXISTS {path} ({self.columns}) USING delta "
-                f"PARTITIONED BY ({', '.join(self.partition_by)}) TBLPROPERTIES ({pairs(properties)})"
+        # What is there is asked of the log itself, which takes a hundredth of a statement's time.
+        snapshot = latest(spark, settings.table(self.name))
+        if snapshot.version() < 0:
+            # Applications may start together: the one that loses the race finds the table there.
+            retry_conflicts(
+                lambda: spark.sql(
+                    f"CREATE TABLE IF NOT EXISTS {path} ({self.columns}) USING delta "
+                    f"PARTITIONED BY ({', '.join(self.partition_by)}) TBLPROPERTIES ({pairs(properties)})"
+                )
             )
-        )
-        present = {name.lower() for name in self.read(spark, settings).columns}
+            snapshot = latest(spark, settings.table(self.name))
+        metadata = snapshot.metadata()
+        present = {field["name"].lower() for field in json.loads(metadata.schemaString())["fields"]}
         added = [field for field in self.schema.fields if field.name.lower() not in present]
         if added:
             columns = ", ".join(f"{field.name} {field.dataType.simpleString()}" for field in added)
             # Of two applications that add the same, the second finds that it need not.
             retry_conflicts(lambda: spark.sql(f"ALTER TABLE {path} ADD COLUMNS ({columns})"))
-        found = {row["key"]: row["value"] for row in spark.sql(f"SHOW TBLPROPERTIES {path}").collect()}
+        found = metadata.getConfiguration()
         changed = {key: value for key, value in properties.items() if found.get(key) != value}
         if changed:
             spark.sql(f"ALTER TABLE {path} SET TBLPROPERTIES ({pairs(changed)})")
@@ -255,11 +261,6 @@ def locked(spark: SparkSession, settings: Settings, name: str) -> Iterator[None]
                 locks.delete(file, run)
 
 
-def append_once(df: DataFrame, path: str, app_id: str, version: int) -> None:
-    """Appends unless this application already wrote this version: a replayed batch changes nothing."""
-    (df.write.format("delta").mode("append").option("txnAppId", app_id).option("txnVersion", version).save(path))
-
-
 def delta_log(spark: SparkSession, path: str) -> tuple[Any, Any]:
     """The JVM, and Delta's own object for a table's log."""
     jvm = spark._jvm
@@ -267,18 +268,38 @@ def delta_log(spark: SparkSession, path: str) -> tuple[Any, Any]:
     return jvm, jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, path)
 
 
-def append_next(df: DataFrame, path: str, app_id: str, version: int) -> None:
-    """`append_once` of a version that is known not to be there.
+def latest(spark: SparkSession, path: str) -> Any:
+    """Delta's own object for a table as it is now; its version is -1 when there is no table."""
+    jvm, log_of = delta_log(spark, path)
+    none = jvm.scala.Option.empty()
+    return log_of.update(False, none, none)
 
-    To look for it, Delta computes the table's whole state, which takes four times as long as writing a small batch. So
-    this does what the writer does, without the look: of https://github.com/delta-io/delta, WriteIntoDelta is a
-    transaction that writes files and commits them together with the application's version. It raises
-    ConcurrentTransactionException when another driver commits a version of this application meanwhile.
+
+def append_once(df: DataFrame, path: str, app_id: str, version: int) -> None:
+    """Appends unless this application already wrote this version: a replayed batch changes nothing.
+
+    As the writer's options txnAppId and txnVersion, but without computing the table's whole state where the log says
+    what was written.
+    """
+    _append(df, path, app_id, version, look=True)
+
+
+def append_next(df: DataFrame, path: str, app_id: str, version: int) -> None:
+    """`append_once` of a version that is known not to be there."""
+    _append(df, path, app_id, version, look=False)
+
+
+def _append(df: DataFrame, path: str, app_id: str, version: int, *, look: bool) -> None:
+    """What the writer does: of https://github.com/delta-io/delta, WriteIntoDelta is a transaction that writes files
+    and commits them together with the application's version. It raises ConcurrentTransactionException when another
+    driver commits a version of this application meanwhile.
     """
     jvm, log_of = delta_log(df.sparkSession, path)
     delta, none = jvm.org.apache.spark.sql.delta, jvm.scala.Option.empty()
     transaction = log_of.startTransaction()
-    # As the look would: the commit is checked against those of this application that came in between.
+    if look and _written(jvm, transaction.snapshot(), app_id) >= version:
+        return
+    # As the writer's look would: the commit is checked against those of this application that came in between.
     getattr(transaction.readTxn(), "$plus$eq")(app_id)
     files = transaction.writeFiles(df._jdf)
     entry = delta.actions.SetTransaction(app_id, version, jvm.scala.Some(int(time.time() * 1000)))
@@ -305,13 +326,22 @@ class Appender:
 
 
 def last_version(spark: SparkSession, path: str, app_id: str) -> int:
-    """The version of this application's last append to a table; -1 before the first.
+    """The version of this application's last append to a table; -1 before the first."""
+    return _written(spark._jvm, latest(spark, path), app_id)
 
-    Of https://github.com/delta-io/delta: a snapshot's `transactions` are the versions by application.
+
+def _written(jvm: Any, snapshot: Any, app_id: str) -> int:
+    """The version of this application's last append up to a snapshot; -1 before the first.
+
+    Of https://github.com/delta-io/delta, PROTOCOL.md: a version's checksum may hold the applications' versions. Where
+    it does not, Delta computes the table's whole state, which takes four times as long as writing a small batch.
     """
-    jvm, log_of = delta_log(spark, path)
-    none = jvm.scala.Option.empty()
-    found = log_of.update(False, none, none).transactions().get(app_id)
+    checksum = snapshot.checksumOpt()
+    known = checksum.get().setTransactions() if checksum.isDefined() else checksum
+    if known.isDefined():
+        written = jvm.scala.jdk.javaapi.CollectionConverters.asJava(known.get())
+        return max((int(entry.version()) for entry in written if entry.appId() == app_id), default=-1)
+    found = snapshot.transactions().get(app_id)
     return int(found.get()) if found.isDefined() else -1
 
 
