@@ -36,7 +36,7 @@ from confluent_kafka import Producer
 
 from clickstream import account, alerts, backfill, compact, sessions, streams
 from clickstream.faults import Faults
-from clickstream.lake import CHECKPOINT_COMMITS, delta_log
+from clickstream.lake import CHECKPOINT_COMMITS, delta_log, latest
 from clickstream.session import spark_session
 from clickstream.settings import Settings
 from clickstream.shop import Shop
@@ -163,10 +163,9 @@ class Logs:
             found = (Path(path.removeprefix("file://")) / "_delta_log").glob("*.checkpoint.*")
             newest = max((file.name for file in found), default="")
             if newest != last:
-                jvm, log = delta_log(self._spark, path)
-                none = jvm.scala.Option.empty()
+                log = delta_log(self._spark, path)
                 defaults = (getattr(log, f"cleanUpExpiredLogs$default${number}")() for number in (2, 3, 4))
-                log.cleanUpExpiredLogs(log.update(False, none, none), *defaults)
+                log.cleanUpExpiredLogs(latest(self._spark, path), *defaults)
                 self._last[path] = newest
 
 

@@ -104,11 +104,7 @@ def test_of_two_drivers_one_gives_way(
             lake.append_next(rows, path, "query", 2)
             return begun
 
-    def slow(spark: SparkSession, path: str) -> tuple[Any, Any]:
-        jvm, log = begin(spark, path)
-        return jvm, Slow(log)
-
-    monkeypatch.setattr(lake, "delta_log", slow)
+    monkeypatch.setattr(lake, "delta_log", lambda *where: Slow(begin(*where)))
     with pytest.raises(ConcurrentTransactionException):
         lake.append_next(rows, path, "query", 2)
     assert bronze.CLICKSTREAM.read(spark, settings).count() == 2

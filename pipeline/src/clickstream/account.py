@@ -29,7 +29,7 @@ from pyspark.sql import functions as F  # noqa: N812
 from clickstream import bronze, checks, silver
 from clickstream.errors import JobError
 from clickstream.gold import in_utc
-from clickstream.lake import Table, append_once, last_version, locked
+from clickstream.lake import PATH, Table, append_once, java_class, last_version, locked
 from clickstream.marts import EVER, MartWriter, Part
 from clickstream.rules import check
 from clickstream.session import spark_session
@@ -109,9 +109,7 @@ class Report:
 
 def _checkpoint(spark: SparkSession, settings: Settings, query: str) -> tuple[Any, Any]:
     """A query's checkpoint and its file system."""
-    jvm = spark._jvm
-    assert jvm is not None
-    root = jvm.org.apache.hadoop.fs.Path(settings.checkpoint(query))
+    root = java_class(spark, PATH)(settings.checkpoint(query))
     return root, root.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
 
 

@@ -19,7 +19,7 @@ from pyspark.sql import functions as F  # noqa: N812
 
 from clickstream import account, alerts, backfill, bronze, checks, gold, sessions, silver
 from clickstream.errors import RefusedError
-from clickstream.lake import retry_conflicts, utc
+from clickstream.lake import PATH, java_class, latest, retry_conflicts, utc
 from clickstream.marts import MartWriter
 from clickstream.session import spark_session
 from clickstream.settings import size_bytes
@@ -66,9 +66,8 @@ def _size(spark: SparkSession, path: str) -> tuple[int, int]:
 
 def retention(spark: SparkSession, path: str) -> timedelta:
     """How long a table keeps replaced files: what vacuum goes by."""
-    detail = DeltaTable.forPath(spark, path).detail().select("properties").first()
-    assert detail is not None
-    match = re.fullmatch(r"interval (\d+) hours?", detail["properties"].get("delta.deletedFileRetentionDuration", ""))
+    said = latest(spark, path).metadata().getConfiguration().get("delta.deletedFileRetentionDuration")
+    match = re.fullmatch(r"interval (\d+) hours?", said or "")
     return timedelta(hours=int(match[1])) if match else DEFAULT_RETENTION
 
 
@@ -77,9 +76,7 @@ def _committed_at(spark: SparkSession, path: str, version: int) -> datetime | No
 
     By the log's file: a table's history is read commit by commit, and the streams make tens of thousands.
     """
-    jvm = spark._jvm
-    assert jvm is not None
-    file = jvm.org.apache.hadoop.fs.Path(f"{path}/_delta_log/{version:020d}.json")
+    file = java_class(spark, PATH)(f"{path}/_delta_log/{version:020d}.json")
     fs = file.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
     if not fs.exists(file):
         return None
@@ -93,8 +90,8 @@ def _guard_stream(spark: SparkSession, settings: Settings, query: str, table: Ta
     path = settings.table(table.name)
     # The first version that is not wholly read; one beyond the last is none.
     version = int(json.loads(lines[-1])["reservoirVersion"])
-    latest = int(DeltaTable.forPath(spark, path).history(1).collect()[0]["version"])
-    if version > latest:
+    newest = latest(spark, path).version()
+    if version > newest:
         return
     keeps = retention(spark, path)
     committed = _committed_at(spark, path, version)
@@ -102,7 +99,7 @@ def _guard_stream(spark: SparkSession, settings: Settings, query: str, table: Ta
         # Only appends are read: an idle shop's tables are compacted as well.
         appended = (
             DeltaTable.forPath(spark, path)
-            .history(latest - version + 1)
+            .history(newest - version + 1)
             .where("operation = 'WRITE' AND operationParameters.mode = 'Append'")
             .agg(F.min("timestamp").alias("first"))
             .first()

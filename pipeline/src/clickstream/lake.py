@@ -38,6 +38,10 @@ log = logging.getLogger("clickstream")
 
 T = TypeVar("T")
 
+# Of the JVM: Hadoop's path, and Delta's package.
+PATH = "org.apache.hadoop.fs.Path"
+DELTA = "org.apache.spark.sql.delta"
+
 CONFLICTS = (
     ConcurrentAppendException,
     ConcurrentDeleteDeleteException,
@@ -151,9 +155,7 @@ class _Locks:
     """The files of a lock, on any file system. Each says when it was written, by which application and by which run."""
 
     def __init__(self, spark: SparkSession, uri: str) -> None:
-        jvm = spark._jvm
-        assert jvm is not None
-        self._path = jvm.org.apache.hadoop.fs.Path
+        self._path = java_class(spark, PATH)
         self._fs = self._path(uri).getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
         self._application = spark.sparkContext.applicationId
         self.run = uuid.uuid4().hex
@@ -261,18 +263,23 @@ def locked(spark: SparkSession, settings: Settings, name: str) -> Iterator[None]
                 locks.delete(file, run)
 
 
-def delta_log(spark: SparkSession, path: str) -> tuple[Any, Any]:
-    """The JVM, and Delta's own object for a table's log."""
+def java_class(spark: SparkSession, name: str) -> Any:
+    """A class of the JVM by its full name. Asked for part by part, as `jvm.java.lang.String`, py4j would take each
+    package for a class first, and look for it in all jars under a dozen prefixes."""
     jvm = spark._jvm
     assert jvm is not None
-    return jvm, jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, path)
+    return getattr(jvm, name)
+
+
+def delta_log(spark: SparkSession, path: str) -> Any:
+    """Delta's own object for a table's log."""
+    return java_class(spark, f"{DELTA}.DeltaLog").forTable(spark._jsparkSession, path)
 
 
 def latest(spark: SparkSession, path: str) -> Any:
     """Delta's own object for a table as it is now; its version is -1 when there is no table."""
-    jvm, log_of = delta_log(spark, path)
-    none = jvm.scala.Option.empty()
-    return log_of.update(False, none, none)
+    none = java_class(spark, "scala.Option").empty()
+    return delta_log(spark, path).update(False, none, none)
 
 
 def append_once(df: DataFrame, path: str, app_id: str, version: int) -> None:
@@ -294,17 +301,17 @@ def _append(df: DataFrame, path: str, app_id: str, version: int, *, look: bool) 
     and commits them together with the application's version. It raises ConcurrentTransactionException when another
     driver commits a version of this application meanwhile.
     """
-    jvm, log_of = delta_log(df.sparkSession, path)
-    delta, none = jvm.org.apache.spark.sql.delta, jvm.scala.Option.empty()
-    transaction = log_of.startTransaction()
-    if look and _written(jvm, transaction.snapshot(), app_id) >= version:
+    spark = df.sparkSession
+    transaction = delta_log(spark, path).startTransaction()
+    if look and _written(spark, transaction.snapshot(), app_id) >= version:
         return
     # As the writer's look would: the commit is checked against those of this application that came in between.
     getattr(transaction.readTxn(), "$plus$eq")(app_id)
     files = transaction.writeFiles(df._jdf)
-    entry = delta.actions.SetTransaction(app_id, version, jvm.scala.Some(int(time.time() * 1000)))
-    append = jvm.org.apache.spark.sql.SaveMode.Append
-    transaction.commit(files.appended(entry), getattr(delta, "DeltaOperations$Write")(append, *[none] * 8))
+    now = java_class(spark, "scala.Some")(int(time.time() * 1000))
+    entry = java_class(spark, f"{DELTA}.actions.SetTransaction")(app_id, version, now)
+    append, none = java_class(spark, "org.apache.spark.sql.SaveMode").Append, java_class(spark, "scala.Option").empty()
+    transaction.commit(files.appended(entry), java_class(spark, f"{DELTA}.DeltaOperations$Write")(append, *[none] * 8))
 
 
 class Appender:
@@ -327,10 +334,10 @@ class Appender:
 
 def last_version(spark: SparkSession, path: str, app_id: str) -> int:
     """The version of this application's last append to a table; -1 before the first."""
-    return _written(spark._jvm, latest(spark, path), app_id)
+    return _written(spark, latest(spark, path), app_id)
 
 
-def _written(jvm: Any, snapshot: Any, app_id: str) -> int:
+def _written(spark: SparkSession, snapshot: Any, app_id: str) -> int:
     """The version of this application's last append up to a snapshot; -1 before the first.
 
     Of https://github.com/delta-io/delta, PROTOCOL.md: a version's checksum may hold the applications' versions. Where
@@ -339,7 +346,7 @@ def _written(jvm: Any, snapshot: Any, app_id: str) -> int:
     checksum = snapshot.checksumOpt()
     known = checksum.get().setTransactions() if checksum.isDefined() else checksum
     if known.isDefined():
-        written = jvm.scala.jdk.javaapi.CollectionConverters.asJava(known.get())
+        written = java_class(spark, "scala.jdk.javaapi.CollectionConverters").asJava(known.get())
         return max((int(entry.version()) for entry in written if entry.appId() == app_id), default=-1)
     found = snapshot.transactions().get(app_id)
     return int(found.get()) if found.isDefined() else -1

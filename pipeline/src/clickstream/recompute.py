@@ -21,12 +21,11 @@ from functools import reduce
 from operator import and_
 from typing import TYPE_CHECKING, Any
 
-from delta.tables import DeltaTable
 from pyspark.sql import functions as F  # noqa: N812
 
 from clickstream import account, gold, sessions, silver
 from clickstream.errors import JobError
-from clickstream.lake import Table, locked, utc
+from clickstream.lake import Table, latest, locked, utc
 from clickstream.marts import NAMED, Difference, Mart, MartWriter, Part
 from clickstream.session import spark_session
 from clickstream.settings import seconds
@@ -247,7 +246,7 @@ def recompute(
     until = horizon(spark, settings)
     span = final(asked, until)
     # One version for all, so that the tables agree with each other.
-    version = DeltaTable.forPath(spark, settings.table(silver.EVENTS.name)).history(1).collect()[0]["version"]
+    version = latest(spark, settings.table(silver.EVENTS.name)).version()
     events = silver.EVENTS.read(spark, settings, version)
     lines: list[Line] = []
     left_out = 0
