@@ -19,7 +19,7 @@ KAFKA_JARS := .cache/kafka-jars
 PACKAGE_TESTS = cd pipeline && CLICKSTREAM_TEST_JARS=$(CURDIR)/$(TEST_JARS) \
   CLICKSTREAM_TEST_KAFKA_JARS=$(CURDIR)/$(KAFKA_JARS) ../.cache/test-venv/bin/python -m pytest -q
 ARGS ?=
-# Processes of the package's tests, each with a Spark session of its own.
+# Processes of the package's tests, each with a Spark session of its own; 0 is one, which is pytest itself.
 WORKERS ?= 2
 comma := ,
 

@@ -9,10 +9,13 @@ import pytest
 from conftest import Topic, event, forget_last_commit
 from delta.exceptions import ConcurrentTransactionException
 
-from clickstream import bronze, lake
+from clickstream import account, bronze, lake, silver
+from clickstream.errors import JobError
 
 if TYPE_CHECKING:
-    from pyspark.sql import SparkSession
+    from collections.abc import Callable
+
+    from pyspark.sql import DataFrame, SparkSession
 
     from clickstream.settings import Settings
 
@@ -83,8 +86,13 @@ def test_a_checkpoint_that_was_taken_back_doubles_nothing(stream: Stream, topic:
     assert stream.rows() == before
 
 
+@pytest.mark.parametrize("append", [lake.append_next, lake.append_once])
 def test_of_two_drivers_one_gives_way(
-    spark: SparkSession, settings: Settings, topic: Topic, monkeypatch: pytest.MonkeyPatch
+    spark: SparkSession,
+    settings: Settings,
+    topic: Topic,
+    monkeypatch: pytest.MonkeyPatch,
+    append: Callable[[DataFrame, str, str, int], None],
 ) -> None:
     """A driver that was taken for dead wrote the batch while this one was at it."""
     path = settings.table(bronze.CLICKSTREAM.name)
@@ -106,5 +114,54 @@ def test_of_two_drivers_one_gives_way(
 
     monkeypatch.setattr(lake, "delta_log", lambda *where: Slow(begin(*where)))
     with pytest.raises(ConcurrentTransactionException):
-        lake.append_next(rows, path, "query", 2)
+        append(rows, path, "query", 2)
     assert bronze.CLICKSTREAM.read(spark, settings).count() == 2
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+def test_what_is_there_is_not_appended_again(
+    spark: SparkSession, settings: Settings, topic: Topic, checksums: bool
+) -> None:
+    """Whether the log's checksum says so, or the table's state, as after another writer without checksums."""
+    path = settings.table(bronze.CLICKSTREAM.name)
+    rows = bronze.archive(topic.records([event(1)]))
+    for app_id, version in (("one", 3), ("other", 7)):
+        lake.append_once(rows, path, app_id, version)
+    log = Path(path.removeprefix("file://")) / "_delta_log"
+    if not checksums:
+        for checksum in log.glob("*.crc"):
+            checksum.unlink()
+        lake.java_class(spark, f"{lake.DELTA}.DeltaLog").clearCache()
+    assert lake.latest(spark, path).checksumOpt().isDefined() == checksums
+    assert [lake.last_version(spark, path, name) for name in ("one", "other", "third")] == [3, 7, -1]
+    commits = len(list(log.glob("*.json")))
+    for version in (2, 3):
+        lake.append_once(rows, path, "one", version)
+    assert len(list(log.glob("*.json"))) == commits
+    lake.append_once(rows, path, "one", 4)
+    assert bronze.CLICKSTREAM.read(spark, settings).count() == 3
+
+
+def test_what_is_appended_has_the_types_of_its_table(spark: SparkSession, settings: Settings, topic: Topic) -> None:
+    """`append_once` and `append_next` do not look."""
+    records = topic.records([event(1), b"rubbish"])
+    raw = bronze.archive(records)
+    judged = silver.judge(silver.received(records), settings)
+    checked = account.judged(raw, settings)
+    for table, rows in (
+        (bronze.CLICKSTREAM, raw),
+        (silver.EVENTS, silver.events(judged, settings)),
+        (silver.REJECTS, silver.rejects(judged, settings)),
+        (silver.EVENTS, silver.events(checked, settings)),
+        (silver.REJECTS, account.rejects(checked, silver.INVALID, settings)),
+    ):
+        assert rows.dtypes == [(field.name, field.dataType.simpleString()) for field in table.schema.fields]
+
+
+def test_a_log_without_a_commit_is_named(spark: SparkSession, bare: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an application that was killed while it made the table."""
+    path = bare.table(bronze.CLICKSTREAM.name)
+    (Path(path.removeprefix("file://")) / "_delta_log").mkdir(parents=True)
+    monkeypatch.setattr(lake, "CREATED_S", 0.5)
+    with pytest.raises(JobError, match="a log without a commit"):
+        bronze.CLICKSTREAM.ensure(spark, bare)

@@ -291,7 +291,7 @@ class Platform:
         }
 
     def quiesce(self, patience: float = 180) -> None:
-        """Stop the shop and wait until all that was sent has reached Gold."""
+        """Stop the shop and wait until all that was sent has reached Gold, by the streams' positions, then the mart."""
         self.run("sudo systemctl stop ecom-producer")
         self.wait_for_streams(patience)
         events = len(self.lake().offsets("silver/events"))

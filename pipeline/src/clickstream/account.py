@@ -310,7 +310,9 @@ def complete(spark: SparkSession, settings: Settings, ranges: Sequence[Range]) -
         try:
             late = classified.where(F.col("disposition") == LATE)
             found = classified.groupBy("disposition", "topic", "partition").count().collect()
-            added = Counter({(row[1], row[2]): row["count"] for row in found if row["disposition"] == LATE})
+            added = Counter(
+                {(row["topic"], row["partition"]): row["count"] for row in found if row["disposition"] == LATE}
+            )
             dropped = rejects(invalid, silver.INVALID, settings).unionByName(
                 rejects(classified.where(F.col("disposition") != LATE), F.col("disposition"), settings)
             )

@@ -18,13 +18,12 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from delta.tables import DeltaTable
 from pyspark.sql import functions as F  # noqa: N812
 
 from clickstream import account, bronze, silver
 from clickstream.account import POSITION, Range, where
 from clickstream.errors import JobError
-from clickstream.lake import Table, append_once, locked, utc
+from clickstream.lake import Table, append_once, latest, locked, utc
 from clickstream.session import spark_session
 
 if TYPE_CHECKING:
@@ -184,7 +183,7 @@ def judge(archived: DataFrame, served: DataFrame, others: DataFrame, settings: S
 
 
 def _version(spark: SparkSession, settings: Settings, table: Table) -> int:
-    return int(DeltaTable.forPath(spark, settings.table(table.name)).history(1).collect()[0]["version"])
+    return int(latest(spark, settings.table(table.name)).version())
 
 
 def _compare(

@@ -56,6 +56,9 @@ CONFLICTS = (
 # checkpoints than the shorter log saves who reads it.
 CHECKPOINT_COMMITS = 20
 
+# How long a table whose log has no commit is waited for.
+CREATED_S = 10.0
+
 
 @dataclass(frozen=True)
 class Table:
@@ -87,33 +90,40 @@ class Table:
         }
         if self.pruned_by:
             properties["delta.dataSkippingStatsColumns"] = ",".join(self.pruned_by)
-        path = f"delta.`{settings.table(self.name)}`"
+        uri = settings.table(self.name)
+        path = f"delta.`{uri}`"
 
         def pairs(values: dict[str, str]) -> str:
             return ", ".join(f"'{key}' = '{value}'" for key, value in values.items())
 
-        # What is there is asked of the log itself, which takes a hundredth of a statement's time.
-        snapshot = latest(spark, settings.table(self.name))
-        if snapshot.version() < 0:
-            # Applications may start together: the one that loses the race finds the table there.
-            retry_conflicts(
-                lambda: spark.sql(
-                    f"CREATE TABLE IF NOT EXISTS {path} ({self.columns}) USING delta "
-                    f"PARTITIONED BY ({', '.join(self.partition_by)}) TBLPROPERTIES ({pairs(properties)})"
-                )
+        def create() -> None:
+            spark.sql(
+                f"CREATE TABLE IF NOT EXISTS {path} ({self.columns}) USING delta "
+                f"PARTITIONED BY ({', '.join(self.partition_by)}) TBLPROPERTIES ({pairs(properties)})"
             )
-            snapshot = latest(spark, settings.table(self.name))
-        metadata = snapshot.metadata()
-        present = {field["name"].lower() for field in json.loads(metadata.schemaString())["fields"]}
-        added = [field for field in self.schema.fields if field.name.lower() not in present]
-        if added:
-            columns = ", ".join(f"{field.name} {field.dataType.simpleString()}" for field in added)
-            # Of two applications that add the same, the second finds that it need not.
-            retry_conflicts(lambda: spark.sql(f"ALTER TABLE {path} ADD COLUMNS ({columns})"))
-        found = metadata.getConfiguration()
-        changed = {key: value for key, value in properties.items() if found.get(key) != value}
-        if changed:
-            spark.sql(f"ALTER TABLE {path} SET TBLPROPERTIES ({pairs(changed)})")
+
+        def alter() -> None:
+            # What is there is asked of the log itself: three statements took 0.2 s, for each table at each start.
+            metadata = latest(spark, uri).metadata()
+            present = {field["name"].lower() for field in json.loads(metadata.schemaString())["fields"]}
+            added = [field for field in self.schema.fields if field.name.lower() not in present]
+            if added:
+                columns = ", ".join(f"{field.name} {field.dataType.simpleString()}" for field in added)
+                spark.sql(f"ALTER TABLE {path} ADD COLUMNS ({columns})")
+            found = metadata.getConfiguration()
+            changed = {key: value for key, value in properties.items() if found.get(key) != value}
+            if changed:
+                spark.sql(f"ALTER TABLE {path} SET TBLPROPERTIES ({pairs(changed)})")
+
+        # Applications may start together: the one that loses the race finds the table there, or a log's folder in which
+        # the other is about to commit.
+        deadline = time.monotonic() + CREATED_S
+        while latest(spark, uri).version() < 0:
+            if time.monotonic() > deadline:
+                raise JobError(f"{uri} has a log without a commit, so it is no table; move the folder away")
+            retry_conflicts(create)
+        # Of two applications that alter the same, the second looks again and finds that it need not.
+        retry_conflicts(alter)
 
     def read(self, spark: SparkSession, settings: Settings, version: int | None = None) -> DataFrame:
         """The table; at each use as it is then, unless a version is given."""
@@ -286,7 +296,7 @@ def append_once(df: DataFrame, path: str, app_id: str, version: int) -> None:
     """Appends unless this application already wrote this version: a replayed batch changes nothing.
 
     As the writer's options txnAppId and txnVersion, but without computing the table's whole state where the log says
-    what was written.
+    what was written, and without the writer's look at the types: the rows have to be of the table's.
     """
     _append(df, path, app_id, version, look=True)
 
@@ -297,9 +307,10 @@ def append_next(df: DataFrame, path: str, app_id: str, version: int) -> None:
 
 
 def _append(df: DataFrame, path: str, app_id: str, version: int, *, look: bool) -> None:
-    """What the writer does: of https://github.com/delta-io/delta, WriteIntoDelta is a transaction that writes files
-    and commits them together with the application's version. It raises ConcurrentTransactionException when another
-    driver commits a version of this application meanwhile.
+    """Of https://github.com/delta-io/delta: WriteIntoDelta is a transaction that writes files and commits them
+    together with the application's version, after it merged their schema into the table's.
+
+    Raises ConcurrentTransactionException when another driver commits a version of this application meanwhile.
     """
     spark = df.sparkSession
     transaction = delta_log(spark, path).startTransaction()
