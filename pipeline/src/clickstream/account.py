@@ -29,7 +29,7 @@ from pyspark.sql import functions as F  # noqa: N812
 from clickstream import bronze, checks, silver
 from clickstream.errors import JobError
 from clickstream.gold import in_utc
-from clickstream.lake import PATH, Table, append_once, java_class, last_version, locked
+from clickstream.lake import Table, append_once, last_version, locked, on_file_system
 from clickstream.marts import EVER, MartWriter, Part
 from clickstream.rules import check
 from clickstream.session import spark_session
@@ -109,8 +109,7 @@ class Report:
 
 def _checkpoint(spark: SparkSession, settings: Settings, query: str) -> tuple[Any, Any]:
     """A query's checkpoint and its file system."""
-    root = java_class(spark, PATH)(settings.checkpoint(query))
-    return root, root.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
+    return on_file_system(spark, settings.checkpoint(query))
 
 
 def _text(fs: Any, root: Any, name: str) -> str:

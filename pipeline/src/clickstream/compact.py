@@ -19,7 +19,7 @@ from pyspark.sql import functions as F  # noqa: N812
 
 from clickstream import account, alerts, backfill, bronze, checks, gold, sessions, silver
 from clickstream.errors import RefusedError
-from clickstream.lake import PATH, java_class, latest, retry_conflicts, utc
+from clickstream.lake import latest, on_file_system, retry_conflicts, utc
 from clickstream.marts import MartWriter
 from clickstream.session import spark_session
 from clickstream.settings import size_bytes
@@ -76,8 +76,7 @@ def _committed_at(spark: SparkSession, path: str, version: int) -> datetime | No
 
     By the log's file: a table's history is read commit by commit, and the streams make tens of thousands.
     """
-    file = java_class(spark, PATH)(f"{path}/_delta_log/{version:020d}.json")
-    fs = file.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
+    file, fs = on_file_system(spark, f"{path}/_delta_log/{version:020d}.json")
     if not fs.exists(file):
         return None
     return datetime.fromtimestamp(fs.getFileStatus(file).getModificationTime() / 1000, UTC)

@@ -166,7 +166,7 @@ class _Locks:
 
     def __init__(self, spark: SparkSession, uri: str) -> None:
         self._path = java_class(spark, PATH)
-        self._fs = self._path(uri).getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
+        _, self._fs = on_file_system(spark, uri)
         self._application = spark.sparkContext.applicationId
         self.run = uuid.uuid4().hex
 
@@ -279,6 +279,12 @@ def java_class(spark: SparkSession, name: str) -> Any:
     jvm = spark._jvm
     assert jvm is not None
     return getattr(jvm, name)
+
+
+def on_file_system(spark: SparkSession, uri: str) -> tuple[Any, Any]:
+    """Hadoop's path of a URI, and its file system."""
+    path = java_class(spark, PATH)(uri)
+    return path, path.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
 
 
 def delta_log(spark: SparkSession, path: str) -> Any:
